@@ -1,0 +1,99 @@
+"""Inference runtimes behind one small door; one file each. Nothing here or below imports torch."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.errors import UsageError, unknown_name
+
+Array = NDArray[np.float32]
+
+_TABLE = {
+    "onnxruntime": "edgekd.backends.onnxruntime:OnnxRuntimeBackend",
+    "openvino": "edgekd.backends.openvino:OpenVinoBackend",
+    "tensorrt": "edgekd.backends.tensorrt:TensorRtBackend",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node of the graph a runtime really executes."""
+
+    name: str
+    op: str  # the runtime's own name of the kernel or layer type
+    precision: str  # "int8", "f32", "bf16", "f16"
+    macs: int = 0  # multiply-accumulates at batch 1; 0 for a node that is not a convolution or matrix product
+    ms: float | None = None  # measured time of the layer at batch 1, wall clock; None when not measured
+    reason: str = ""  # why it stayed in float, when known
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which precision each executed node has; shares are over convolutions and matrix products only."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def int8_nodes(self) -> float:
+        compute = [layer for layer in self.layers if layer.macs]
+        return sum(layer.precision == "int8" for layer in compute) / len(compute) if compute else 0.0
+
+    @property
+    def int8_macs(self) -> float:
+        total = sum(layer.macs for layer in self.layers)
+        return sum(layer.macs for layer in self.layers if layer.precision == "int8") / total if total else 0.0
+
+
+class Session(Protocol):
+    """A loaded model: float32 (N, C, H, W) in, float32 (N, classes) out."""
+
+    def run(self, images: Array) -> Array: ...
+
+
+class Backend(Protocol):
+    """A runtime. Every method raises MissingExtraError when its package is not installed."""
+
+    name: str
+
+    def version(self) -> str:
+        """Version of the installed runtime."""
+
+    def precisions(self) -> tuple[str, ...]:
+        """What this machine's runtime executes natively: of "f32", "bf16", "f16", "int8"."""
+
+    def device(self) -> str:
+        """The processor the sessions of this backend run on, in words."""
+
+    def open(self, model: Path, *, threads: int = 1, precision: str = "f32") -> Session:
+        """Load an ONNX file. `precision` is that of the operators not quantized in the graph.
+
+        Raises:
+            BackendError: the runtime refuses the graph; the message is the runtime's own.
+        """
+
+    def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
+        """The executed graph at batch 1, with layer times when asked for."""
+
+
+def backend(name: str) -> Backend:
+    """The backend of this name; its engine is imported on first use.
+
+    Raises:
+        UsageError: no such backend.
+    """
+    if name not in _TABLE:
+        raise UsageError(*unknown_name("backend", name, _TABLE))
+    module, _, attribute = _TABLE[name].partition(":")
+    made: Backend = getattr(importlib.import_module(module), attribute)()
+    return made
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names of all backends, in the order of reports."""
+    return tuple(_TABLE)

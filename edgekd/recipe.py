@@ -1,0 +1,174 @@
+"""Every free choice of a run. The resolved recipe is written out in full into the run's folder."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from edgekd.errors import RecipeError
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+_Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class TeacherRecipe(_Strict):
+    """`source`: ``demo``, ``package.module:factory``, ``timm:NAME``, ``torchvision:NAME``,
+    ``transformers:PATH`` or a ``.onnx`` file. Empty `mean` and `std` mean: what the teacher states, else 0 and 1."""
+
+    source: str = "demo"
+    weights: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+class DataRecipe(_Strict):
+    """`source`: ``demo``, an image folder, a ``.npz`` file or a `datasets` folder saved to disk."""
+
+    source: str = "demo"
+    validation_fraction: _Share = 0.2
+    selection_fraction: _Share = 0.05
+    image_size: Annotated[int, msgspec.Meta(ge=0)] = 0
+    augment: Literal["crop-flip", "crop", "none"] = "crop-flip"
+    skip_bad: bool = False
+
+
+class BudgetRecipe(_Strict):
+    """What the student may cost. A `None` is no limit; `max_macs_ratio` is relative to the teacher."""
+
+    max_latency_ms: _Positive | None = None
+    max_size_mib: _Positive | None = None
+    max_drop_points: _NonNegative = 1.0
+    max_macs_ratio: _Positive = 0.2
+
+
+class SearchRecipe(_Strict):
+    space: str = "mobile-cnn"
+    score: str = "diswot"
+    teacher_state: Literal["trained", "random"] = "trained"
+    evaluations: _Count = 240
+    population: Annotated[int, msgspec.Meta(ge=4)] = 24
+    batch_size: Annotated[int, msgspec.Meta(ge=8)] = 64
+
+
+class DistillRecipe(_Strict):
+    """`method`: terms of `edgekd.distillers`, joined by ``+``. `views`: augmented views an image has in all."""
+
+    method: str = "dist"
+    epochs: _Count = 24
+    batch_size: Annotated[int, msgspec.Meta(ge=2)] = 64
+    learning_rate: _Positive = 3e-3
+    weight_decay: _NonNegative = 1e-2
+    ema_decay: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.998
+    views: _Count = 8
+
+
+class QuantizeRecipe(_Strict):
+    mode: Literal["qat", "ptq", "none"] = "qat"
+    calibrator: str = "mse"
+    calibration_images: Annotated[int, msgspec.Meta(ge=2)] = 512
+    epochs: _Count = 2
+    learning_rate: _Positive = 2e-4
+
+
+class ProfileRecipe(_Strict):
+    threads: _Count = 1
+    calls: Annotated[int, msgspec.Meta(ge=64)] = 200
+
+
+class GateRecipe(_Strict):
+    """Limits of the gate; `max_ratio` is candidate latency over reference latency on the same runtime."""
+
+    max_ratio: _Positive = 1.05
+    min_top1_agreement: _Share = 0.97
+    min_int8_coverage: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
+    restarts: Annotated[int, msgspec.Meta(ge=2)] = 3
+    max_restarts: Annotated[int, msgspec.Meta(ge=2)] = 5
+    rounds: Annotated[int, msgspec.Meta(ge=10)] = 40
+    calls_per_round: _Count = 3
+
+
+class Recipe(_Strict):
+    """A whole run. Decoded strictly from TOML: an unknown key is an error."""
+
+    target: str = "jetson"
+    seed: int = 0
+    threads: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: measure at the start and keep the faster number
+    teacher: TeacherRecipe = TeacherRecipe()
+    data: DataRecipe = DataRecipe()
+    budget: BudgetRecipe = BudgetRecipe()
+    search: SearchRecipe = SearchRecipe()
+    distill: DistillRecipe = DistillRecipe()
+    quantize: QuantizeRecipe = QuantizeRecipe()
+    profile: ProfileRecipe = ProfileRecipe()
+    gate: GateRecipe = GateRecipe()
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    """A recipe from an optional TOML file and dotted overrides such as ``{"distill.epochs": 20}``.
+
+    Raises:
+        RecipeError: names the file or override, the key, what was expected and what was got.
+    """
+    raw: dict[str, Any] = {}
+    where = "recipe"
+    if path is not None:
+        where = f"recipe {path}"
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"{where}: {error}", "`edgekd compress --help` shows a runnable example") from error
+    for key, value in overrides.items():
+        table = raw
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise RecipeError(f"{where}: '{key}': '{parent}' is a value, not a table")
+        table[leaf] = value
+    try:
+        return msgspec.convert(raw, Recipe, strict=True)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"{where}: {error}", "docs/recipe.md lists every key with its default") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` of ``--set``; the value is read as TOML, and as plain text when it is not TOML."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise RecipeError(f"--set '{text}': expected KEY=VALUE", "for example --set distill.epochs=20")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML that `load_recipe` reads back to the same value."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for name, value in msgspec.to_builtins(recipe).items():
+        if isinstance(value, dict):
+            rows = [f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None]
+            tables += ["", f"[{name}]", *rows]
+        else:
+            lines.append(f"{name} = {_toml_value(value)}")
+    return "\n".join(lines + tables) + "\n"
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return msgspec.json.encode(value).decode()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
