@@ -198,20 +198,35 @@ def load_card(path: Path) -> Target:
     try:
         card = msgspec.convert(raw, Target, strict=True)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"target card {path}: {_explain(str(error))}", _HINT) from error
+        raise RecipeError(f"target card {path}: {_explain(str(error), raw)}", _HINT) from error
     for key, message in _problems(card, path.stem):
         raise RecipeError(f"target card {path}: key '{key}': {message}", _HINT)
     return card
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, raw: dict[str, Any]) -> str:
     """msgspec's "… - at `$.space`" as "key 'space': …"; an unknown or a missing key is named in full."""
     what, _, place = message.partition(" - at `$")
-    key = place.rstrip("`").lstrip(".").replace("[...]", ".*")
+    key = place.rstrip("`").lstrip(".")
+    if "[...]" in key:  # msgspec does not say which entry of a free table is at fault
+        table, _, rest = key.partition("[...]")
+        key = f"{table}.{_entry_at_fault(raw, table)}{rest}"
     if match := re.search(r"(unknown|required) field `([^`]+)`", what):
         key = f"{key}.{match[2]}".lstrip(".")
         what = "unknown key" if match[1] == "unknown" else "missing"
     return f"key '{key}': {what}" if key else what
+
+
+def _entry_at_fault(raw: Any, table: str) -> str:
+    for step in re.findall(r"\w+", table):
+        raw = raw[int(step)] if isinstance(raw, list) else raw[step]
+    kind: Any = {"runtime": Runtime, "measure.reject_if": bool | Quantity}.get(table, Quantity)
+    for name, value in raw.items():
+        try:
+            msgspec.convert(value, kind, strict=True)
+        except msgspec.ValidationError:
+            return str(name)
+    return "*"
 
 
 def _problems(card: Target, stem: str) -> Iterator[tuple[str, str]]:
