@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -70,15 +71,27 @@ class Backend(Protocol):
     def device(self) -> str:
         """The processor the sessions of this backend run on, in words."""
 
-    def open(self, model: Path, *, threads: int = 1, precision: str = "f32") -> Session:
-        """Load an ONNX file. `precision` is that of the operators not quantized in the graph.
+    def open(
+        self, model: Path, *, threads: int = 1, precision: str = "f32", batch: int | None = None
+    ) -> Session:
+        """Load an ONNX file.
+
+        Args:
+            model: the file; float32 (N, C, H, W) in, float32 (N, classes) out.
+            threads: threads inside one call.
+            precision: that of the operators not quantized in the graph, "int8" is not one.
+            batch: compile for exactly this N; None keeps the batch axis as the file has it.
 
         Raises:
             BackendError: the runtime refuses the graph; the message is the runtime's own.
         """
 
     def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
-        """The executed graph at batch 1, with layer times when asked for."""
+        """The graph executed at batch 1 on one thread, with layer times when asked for.
+
+        Raises:
+            BackendError: as `open`, or the runtime does not tell what it executes.
+        """
 
 
 def backend(name: str) -> Backend:
@@ -97,3 +110,16 @@ def backend(name: str) -> Backend:
 def backend_names() -> tuple[str, ...]:
     """Names of all backends, in the order of reports."""
     return tuple(_TABLE)
+
+
+def processor_name() -> str:
+    """The CPU of this machine in words, from /proc/cpuinfo or the device tree."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    if named:
+        return named[0]
+    tree = Path("/proc/device-tree/model")
+    return tree.read_text(encoding="utf-8").strip("\0 \n") if tree.is_file() else platform.machine()
