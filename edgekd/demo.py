@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from edgekd.files import data_folder
+from edgekd.sources.demo import demo_folder
+
+__all__ = ["DEMO", "DemoTeacher", "demo_folder"]
 
 DEMO = "demo"
-
-
-def demo_folder() -> Path:
-    """The folder with ``card.toml``, ``images.npz`` and ``teacher.safetensors``."""
-    return data_folder("calibration") / "fashion_mnist"
 
 
 class _BasicBlock(nn.Module):
