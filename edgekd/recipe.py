@@ -42,12 +42,14 @@ class DataRecipe(_Strict):
 
 
 class BudgetRecipe(_Strict):
-    """What the student may cost. A `None` is no limit; `max_macs_ratio` is relative to the teacher."""
+    """What the student may cost. A `None` is no limit; ratios are relative to the teacher. `max_latency_ratio`
+    counts only without `max_latency_ms`, and compares predictions in the student's precision."""
 
     max_latency_ms: _Positive | None = None
+    max_latency_ratio: _Positive = 0.75
     max_size_mib: _Positive | None = None
-    max_drop_points: _NonNegative = 1.0
-    max_macs_ratio: _Positive = 0.2
+    max_drop_points: _NonNegative = 2.0
+    max_macs_ratio: _Positive = 0.05
 
 
 class SearchRecipe(_Strict):
@@ -72,7 +74,9 @@ class DistillRecipe(_Strict):
 
 
 class QuantizeRecipe(_Strict):
-    mode: Literal["qat", "ptq", "none"] = "qat"
+    """`mode`: ``card`` is ``qat``, or ``none`` on a target whose card says that int8 does not pay."""
+
+    mode: Literal["card", "qat", "ptq", "none"] = "card"
     calibrator: str = "mse"
     calibration_images: Annotated[int, msgspec.Meta(ge=2)] = 512
     epochs: _Count = 2
@@ -88,6 +92,7 @@ class GateRecipe(_Strict):
     """Limits of the gate; `max_ratio` is candidate latency over reference latency on the same runtime."""
 
     max_ratio: _Positive = 1.05
+    max_quantization_drop_points: _NonNegative = 1.0
     min_top1_agreement: _Share = 0.97
     min_int8_coverage: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.95
     restarts: Annotated[int, msgspec.Meta(ge=2)] = 3
@@ -125,7 +130,9 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise RecipeError(f"{where}: {error}", "`edgekd compress --help` shows a runnable example") from error
+            raise RecipeError(
+                f"{where}: {error}", "`edgekd compress --help` shows a runnable example"
+            ) from error
     for key, value in overrides.items():
         table = raw
         *parents, leaf = key.split(".")

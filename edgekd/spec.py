@@ -39,3 +39,41 @@ class ModelSpec:
         """(channels, height, width)."""
         p = self.preprocessing
         return (p.channels, p.height, p.width)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One executed layer: what a cost model needs. Maps are square; sizes are in pixels."""
+
+    op: str  # "conv" | "linear" | "add" | "pool"
+    channels_in: int
+    channels_out: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    size_in: int = 1
+    relu: bool = False
+
+    @property
+    def size_out(self) -> int:
+        return -(-self.size_in // self.stride) if self.op in ("conv", "add") else 1
+
+    @property
+    def macs(self) -> int:
+        if self.op in ("add", "pool"):
+            return 0
+        return self.channels_out * (self.channels_in // self.groups) * self.kernel**2 * self.size_out**2
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases after batch norm is folded."""
+        if self.op in ("add", "pool"):
+            return 0
+        return self.channels_out * (self.channels_in // self.groups) * self.kernel**2 + self.channels_out
+
+    @property
+    def values_moved(self) -> int:
+        """Elements read and written: input, output and weights."""
+        reads = 2 if self.op == "add" else 1
+        maps = reads * self.channels_in * self.size_in**2 + self.channels_out * self.size_out**2
+        return maps + self.parameters

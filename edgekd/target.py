@@ -366,3 +366,17 @@ def find_target(name: str) -> Target:
     if name not in by_name:
         raise UsageError(*unknown_name("target", name, by_name))
     return by_name[name]
+
+
+def is_this_machine(target: Target) -> bool:
+    """Whether the target is the machine this process runs on: all its CPU flags, or its device-tree name."""
+    flags: set[str] = set()
+    cpuinfo, model = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("flags"):
+                flags = set(line.partition(":")[2].split())
+                break
+    if target.detect.devicetree_model:
+        return model.is_file() and target.detect.devicetree_model in model.read_text(encoding="utf-8")
+    return bool(target.detect.cpu_flags) and flags.issuperset(target.detect.cpu_flags)

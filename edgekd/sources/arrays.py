@@ -93,7 +93,10 @@ def from_mapping(
     if needed == keys:
         held_out = adapt_array(checked_images(arrays[keys[2]], f"{where}: {keys[2]}"), request)
         return check_dataset(Part(images, labels), Part(held_out, arrays[keys[3]]), names, where)
-    parts = [Part(images[rows], labels[rows]) for rows in stratified_split(labels, request, names, where)]
+    parts = [
+        Part(images[rows], labels[rows])
+        for rows in stratified_split(labels, request.recipe.validation_fraction, request.seed, names, where)
+    ]
     return check_dataset(parts[0], parts[1], names, where)
 
 

@@ -167,16 +167,16 @@ def _digest(arrays: Sequence[NDArray[Any]], classes: tuple[str, ...]) -> str:
 
 
 def stratified_split(
-    labels: NDArray[np.int64], request: Request, classes: Sequence[str], where: str
+    labels: NDArray[np.int64], fraction: float, seed: int, classes: Sequence[str], where: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted indices of the training and the validation part.
+    """Sorted indices of the larger and of the held-out part.
 
-    Of each class, the share `recipe.validation_fraction` is held out, at least one image and never all.
+    Of each class, the share `fraction` is held out, at least one image and never all.
 
     Raises:
         DataError: a class has one image only.
     """
-    rng = np.random.default_rng(request.seed)
+    rng = np.random.default_rng(seed)
     held_out = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -185,7 +185,7 @@ def stratified_split(
                 f"{where}: one image only of class '{classes[label]}'; a split needs two",
                 "add images or a validation part",
             )
-        count = min(max(round(len(rows) * request.recipe.validation_fraction), 1), len(rows) - 1)
+        count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
         held_out.append(rng.permutation(rows)[:count])
     validation = np.sort(np.concatenate(held_out)) if held_out else np.zeros(0, np.int64)
     return np.setdiff1d(np.arange(len(labels)), validation), validation

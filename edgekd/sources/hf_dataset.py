@@ -50,7 +50,7 @@ def load(path: Path, request: Request) -> Dataset:
     name = next((name for name in VALIDATION_NAMES if name in splits), None)
     if name is None:
         labels = np.array([sample.label for sample in samples], np.int64)
-        split = stratified_split(labels, request, classes, where)
+        split = stratified_split(labels, request.recipe.validation_fraction, request.seed, classes, where)
         parts = [[samples[row] for row in rows] for rows in split]
     else:
         if missing := {image, label} - set(splits[name].features):

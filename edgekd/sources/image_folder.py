@@ -41,7 +41,7 @@ def load(path: Path, request: Request) -> Dataset:
     else:
         classes, train = _samples(path)
     labels = np.array([sample.label for sample in train], np.int64)
-    split = stratified_split(labels, request, classes, where)
+    split = stratified_split(labels, request.recipe.validation_fraction, request.seed, classes, where)
     return _build([[train[row] for row in rows] for rows in split], classes, where, request)
 
 

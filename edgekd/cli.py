@@ -1,0 +1,346 @@
+"""The command line. Progress and summaries go to stderr, results for scripts to stdout."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekd import __version__
+from edgekd.errors import EXIT_GATE, EXIT_INTERRUPTED, EdgekdError
+
+_STAGE_HELP = {
+    "search": "Search a student for a target, without training.",
+    "distill": "Search if needed, then distill the teacher into the student.",
+    "quantize": "All up to quantization-aware training.",
+    "export": "All up to the ONNX files of each dialect.",
+}
+
+
+class _Console:
+    """Shows a run on stderr: a line per event and, on a terminal, progress bars."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True, highlight=False)
+        columns = (
+            TextColumn("  {task.description:18}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+        )
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Console:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done, total=total)
+        if done >= total:
+            self._progress.remove_task(self._tasks.pop(what))
+
+
+def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option(
+            "--target", help="Device: a name of `edgekd targets list`, or a card's path.  [default: jetson]"
+        ),
+        click.option(
+            "--teacher",
+            help="package.module:factory, timm:NAME, torchvision:NAME, transformers:PATH, FILE.onnx",
+        ),
+        click.option("--weights", help="The factory's weights: .safetensors, or a plain .pt state dict."),
+        click.option("--data", help="Image folder, .npz file, or a `datasets` folder saved to disk."),
+        click.option(
+            "--mean", help="The teacher's input mean, per channel, of pixels in 0..1: 0.485,0.456,0.406"
+        ),
+        click.option("--std", help="The teacher's input deviation, likewise."),
+        click.option("--image-size", type=int, help="Resize images to N x N pixels."),
+        click.option(
+            "--skip-bad", is_flag=True, default=None, help="Leave unreadable images out, and count them."
+        ),
+        click.option("--max-latency-ms", type=float, help="Budget: latency on the target."),
+        click.option("--max-size-mib", type=float, help="Budget: weights on disk."),
+        click.option(
+            "--max-drop", type=float, help="Budget: accuracy points lost, teacher to shipped student."
+        ),
+        click.option("--method", help="Distillation: kd, lskd, dkd, dist, or several joined by '+'."),
+        click.option(
+            "--quantize", "quantize_mode", type=click.Choice(["card", "qat", "ptq", "none"]), help="How."
+        ),
+        click.option("--seed", type=int, help="Seed of all random choices."),
+        click.option("--threads", type=int, help="Training threads; 0 measures and takes the faster number."),
+        click.option(
+            "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file (docs/recipe.md)."
+        ),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key: distill.epochs=20"
+        ),
+        click.option(
+            "--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/TARGET]"
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print record.json on stdout."),
+    ]
+    return functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
+def _run(last: str, **given: Any) -> None:
+    from edgekd.pipeline import default_folder, run_pipeline
+    from edgekd.recipe import load_recipe, parse_override
+
+    keys = {
+        "target": "target", "teacher": "teacher.source", "weights": "teacher.weights", "data": "data.source",
+        "image_size": "data.image_size", "skip_bad": "data.skip_bad", "max_latency_ms": "budget.max_latency_ms",
+        "max_size_mib": "budget.max_size_mib", "max_drop": "budget.max_drop_points", "method": "distill.method",
+        "quantize_mode": "quantize.mode", "seed": "seed", "threads": "threads",
+    }  # fmt: skip
+    overrides = {key: given[name] for name, key in keys.items() if given[name] is not None}
+    for name in ("mean", "std"):
+        if given[name]:
+            overrides[f"teacher.{name}"] = _numbers(name, given[name])
+    overrides |= dict(parse_override(text) for text in given["settings"])
+    recipe = load_recipe(given["recipe_file"], overrides)
+    folder = given["out"] or default_folder(recipe)
+    with _Console() as console:
+        if recipe.teacher.source == "demo":
+            console.say("built-in demonstration: Fashion-MNIST images and a teacher trained on them "
+                        "(--teacher and --data use your own)")  # fmt: skip
+        console.say(f"target {recipe.target}, run folder {folder}")
+        record = run_pipeline(recipe, folder, console, last)
+    from edgekd.report import print_summary
+
+    print_summary(record, console.console, folder / "report.html")
+    if given["as_json"]:
+        click.echo(json.dumps(record, default=str))
+    if last == "bundle":
+        raise SystemExit(EXIT_GATE[record["verdict"]])
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"--{name} {text}: expected numbers such as 0.485,0.456,0.406") from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgekd")
+def cli() -> None:
+    """From a trained teacher to a small, quantized, verified model for one edge device.
+
+    \b
+    edgekd compress --target jetson          the whole pipeline on the built-in demonstration
+    edgekd compress --target x86 --teacher my.models:build --weights t.safetensors --data images/
+    """
+
+
+@cli.command()
+@_recipe_options
+def compress(**given: Any) -> None:
+    """Teacher to verified bundle. The same command again resumes.
+
+    \b
+    Example: edgekd compress --target x86 --teacher my_pkg.models:build_teacher \\
+               --weights teacher.safetensors --data path/to/imagefolder --max-drop 1.0 --out runs/mine
+    Exit: 0 the gate passed, 1 failed, 3 inconclusive, 75 unusable; others in docs/exit-codes.md
+    """
+    _run("bundle", **given)
+
+
+def _add_stage(name: str, text: str) -> None:
+    @cli.command(name, help=f"{text}\n\nExample: edgekd {name} --target jetson --out runs/jetson")
+    @_recipe_options
+    def stage(**given: Any) -> None:
+        _run(name, **given)
+
+
+for _name, _text in _STAGE_HELP.items():
+    _add_stage(_name, _text)
+
+
+@cli.command()
+@click.argument(
+    "models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
+)
+@click.option(
+    "--backend", "backends", multiple=True, help="onnxruntime or openvino; several times for several."
+)
+@click.option("--precision", default="f32", show_default=True, type=click.Choice(["f32", "bf16"]))
+@click.option("--threads", default=1, show_default=True, type=int)
+@click.option("--calls", default=200, show_default=True, type=click.IntRange(64))
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers on stdout as JSON.")
+def profile(
+    models: tuple[Path, ...],
+    backends: tuple[str, ...],
+    precision: str,
+    threads: int,
+    calls: int,
+    as_json: bool,
+) -> None:
+    """Latency and int8 coverage of ONNX files at batch 1, interleaved in one fresh process.
+
+    Example: edgekd profile float.onnx int8.onnx --backend openvino
+    """
+    from edgekd.stages.files import profile_files
+
+    _emit(profile_files(models, backends or ("onnxruntime", "openvino"), precision, threads, calls), as_json)
+
+
+@cli.command()
+@click.argument("candidate", type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--reference",
+    required=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="ONNX file to compare with.",
+)
+@click.option("--backend", default="onnxruntime", show_default=True)
+@click.option(
+    "--max-ratio", default=1.05, show_default=True, help="Candidate latency over reference latency."
+)
+@click.option("--restarts", default=3, show_default=True, type=click.IntRange(2))
+@click.option("--max-restarts", default=9, show_default=True, type=click.IntRange(2))
+@click.option("--threads", default=1, show_default=True, type=int)
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict on stdout as JSON.")
+def gate(candidate: Path, reference: Path, as_json: bool, **limits: Any) -> None:
+    """Is CANDIDATE slower than the reference? Any two ONNX files with the same input shape.
+
+    \b
+    Example: edgekd gate new.onnx --reference released.onnx --max-ratio 1.05
+    Exit: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 75 UNUSABLE
+    """
+    from edgekd.stages.files import gate_files
+
+    result = gate_files(candidate, reference, **limits)
+    _emit(result, as_json)
+    raise SystemExit(EXIT_GATE[result["verdict"]])
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True))
+def report(run: Path) -> None:
+    """Write report.html and report.md again from a run folder or a record.json.
+
+    Example: edgekd report runs/jetson
+    """
+    from edgekd.files import read_json
+    from edgekd.report import write_reports
+
+    path = run / "record.json" if run.is_dir() else run
+    for written in write_reports(read_json(path), path.parent):
+        click.echo(written)
+
+
+@cli.group()
+def targets() -> None:
+    """Target cards: what each device can run."""
+
+
+@targets.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def targets_list(as_json: bool) -> None:
+    """All shipped cards. Example: edgekd targets list"""
+    from edgekd.target import all_targets, is_this_machine
+
+    rows = [
+        {
+            "id": card.id,
+            "aliases": list(card.aliases),
+            "runtime": card.primary.runtime,
+            "dialect": card.quant.dialect,
+            "this_machine": is_this_machine(card),
+            "description": card.description,
+        }
+        for card in all_targets().values()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    for row in rows:
+        here = "  (this machine)" if row["this_machine"] else ""
+        names = ", ".join(row["aliases"]) or "-"
+        click.echo(
+            f"{row['id']:22} {names:18} {row['runtime']:15} {row['dialect']:13} {row['description']}{here}"
+        )
+
+
+@targets.command("show")
+@click.argument("name")
+def targets_show(name: str) -> None:
+    """A card with the source and confidence of every number. Example: edgekd targets show jetson"""
+    import msgspec
+
+    from edgekd.target import find_target
+
+    click.echo(msgspec.json.format(msgspec.json.encode(find_target(name)), indent=2).decode())
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True)
+def doctor(as_json: bool) -> None:
+    """What this machine really has: runtimes, versions, devices, precisions. Example: edgekd doctor"""
+    from edgekd.stages.files import examine
+
+    _emit(examine(), as_json)
+
+
+def _emit(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(value, default=str))
+        return
+    _print_tree(value, 0)
+
+
+def _print_tree(value: dict[str, Any], depth: int) -> None:
+    for key, item in value.items():
+        pad = "  " * depth
+        if isinstance(item, dict):
+            click.echo(f"{pad}{key}")
+            _print_tree(item, depth + 1)
+        else:
+            shown = (
+                f"{item:.4g}"
+                if isinstance(item, float)
+                else ", ".join(map(str, item))
+                if isinstance(item, list | tuple)
+                else item
+            )
+            click.echo(f"{pad}{key}: {shown}")
+
+
+def main() -> None:
+    """Entry point: errors become two lines and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from error
+    except EdgekdError as error:
+        click.echo(f"edgekd: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        raise SystemExit(error.exit_code) from error
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nedgekd: interrupted; the same command continues where it stopped", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

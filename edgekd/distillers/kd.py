@@ -1,0 +1,35 @@
+"""Knowledge distillation, Hinton et al. 2015 (arXiv:1503.02531, section 2)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgekd.distillers import Needs
+from edgekd.nets import Outputs
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """``T^2 * mean_n KL(softmax(teacher / T) || softmax(student / T))`` of (N, classes) logits; zero at identity."""
+    student = F.log_softmax(_wide(student_logits) / temperature, 1)
+    teacher = F.log_softmax(_wide(teacher_logits).detach() / temperature, 1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Half-precision logits in float32: sums over classes need the mantissa."""
+    return logits if logits.dtype.itemsize >= 4 else logits.float()
+
+
+class Kd:
+    """KD with temperature 4 and weights 0.1 (labels) and 0.9, the defaults of the CRD code base (arXiv:1910.10699)."""
+
+    needs = Needs()
+    weight = 0.9
+    hard_weight = 0.1
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        self.temperature = temperature
+
+    def __call__(self, student: Outputs, teacher: Outputs, labels: Tensor, epoch: int) -> Tensor:
+        return kd_loss(student.logits, teacher.logits, self.temperature)

@@ -1,0 +1,115 @@
+"""Small vocabulary around networks: batches, outputs, taps, and what a layer costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.spec import LayerShape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`inputs` float (N, C, H, W), `labels` int64 (N,), `index` int64 (N,): the samples' stable numbers."""
+
+    inputs: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network gives: `logits` (N, classes); `embedding` (N, D) is the classifier's input and
+    `features` (N, C, H, W) the last map before pooling. A black-box teacher has logits only."""
+
+    logits: Tensor
+    embedding: Tensor | None = None
+    features: Tensor | None = None
+
+
+def tapped_forward(model: nn.Module, inputs: Tensor, classes: int) -> Outputs:
+    """One forward pass that also keeps the classifier's input and the last 4-D feature map.
+
+    The classifier is the last executed ``nn.Linear`` with `classes` outputs; a network without one
+    (a convolutional head, a black box) gives logits only.
+    """
+    embedding: list[Tensor] = []
+    features: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
+        if isinstance(module, nn.Linear) and module.out_features == classes:
+            embedding[:] = [args[0]]
+        elif isinstance(output, Tensor) and output.dim() == 4 and output.shape[-1] * output.shape[-2] > 1:
+            features[:] = [output]
+
+    hooks = [module.register_forward_hook(keep) for module in model.modules()]
+    try:
+        logits: Tensor = model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    embedded = embedding[0] if embedding and embedding[0].dim() == 2 else None
+    return Outputs(logits, embedded, features[0] if features else None)
+
+
+def count_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image through all convolutions and linear layers."""
+    total = 0
+
+    def add(module: nn.Module, _: object, output: object) -> None:
+        nonlocal total
+        if not isinstance(output, Tensor):
+            return
+        if isinstance(module, nn.Conv2d):
+            total += output[0].numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            total += output[0].numel() * module.in_features
+
+    hooks = [module.register_forward_hook(add) for module in model.modules()]
+    training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, *input_shape))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def layer_shapes(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[LayerShape, ...]:
+    """The convolutions and linear layers a network executes, for a cost model; other operators are left out."""
+    shapes: list[LayerShape] = []
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], _: object) -> None:
+        if isinstance(module, nn.Conv2d):
+            shapes.append(
+                LayerShape(
+                    "conv",
+                    module.in_channels,
+                    module.out_channels,
+                    module.kernel_size[0],
+                    module.stride[0],
+                    module.groups,
+                    args[0].shape[-1],
+                    relu=True,
+                )
+            )
+        elif isinstance(module, nn.Linear):
+            shapes.append(LayerShape("linear", module.in_features, module.out_features))
+
+    hooks = [module.register_forward_hook(add) for module in model.modules()]
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, *input_shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(shapes)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(parameter.numel() for parameter in model.parameters())

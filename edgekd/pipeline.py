@@ -1,0 +1,82 @@
+"""The flow: teacher, search, distill, quantize, export, profile, gate, bundle; then the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgekd.errors import UsageError, unknown_name
+from edgekd.recipe import Recipe, load_recipe
+from edgekd.report import write_reports
+from edgekd.run import STAGES, Reporter, Run, Silent, fingerprint
+from edgekd.stages import bundle, distill, export, gate, profile, quantize, search, teacher
+from edgekd.stages.bench import Bench
+from edgekd.target import find_target
+
+
+def compress(
+    *,
+    target: str = "jetson",
+    out: str | Path | None = None,
+    recipe: str | Path | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Compress a teacher for a target; returns the record (docs/record.md).
+
+    Overrides are recipe keys with ``__`` for the dot: ``compress(target="x86", distill__epochs=10)``.
+
+    Raises:
+        EdgekdError: see `edgekd.errors`; every leaf names what to do next.
+    """
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    resolved = load_recipe(Path(recipe) if recipe else None, {"target": target} | dotted)
+    return run_pipeline(resolved, Path(out) if out else default_folder(resolved))
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """``runs/<target>``, with the data's name where it is not the demo."""
+    name = Path(recipe.target).stem
+    data = Path(recipe.data.source).stem
+    return Path("runs") / (name if data == "demo" else f"{name}-{data}")
+
+
+def run_pipeline(
+    recipe: Recipe, folder: Path, reporter: Reporter | None = None, last: str = STAGES[-1]
+) -> dict[str, Any]:
+    """Run all stages up to `last`, skipping those that are up to date; returns the record."""
+    if last not in STAGES:
+        raise UsageError(*unknown_name("stage", last, STAGES))
+    run = Run(folder, recipe, find_target(recipe.target), reporter or Silent())
+    bench = Bench(run)
+    outside = {
+        "teacher": [recipe.teacher, fingerprint(recipe.teacher.source), fingerprint(recipe.teacher.weights)],
+        "data": [recipe.data, fingerprint(recipe.data.source)],
+    }
+    steps: dict[str, tuple[dict[str, object], tuple[str, ...], Callable[[Bench], dict[str, Any]]]] = {
+        "teacher": (outside | {"seed": recipe.seed}, ("1-teacher.json",), teacher.run),
+        "search": (
+            {
+                "search": recipe.search,
+                "budget": recipe.budget,
+                "target": run.target,
+                "mode": recipe.quantize.mode,
+            },
+            ("2-student.json",),
+            search.run,
+        ),
+        "distill": ({"distill": recipe.distill}, ("3-distilled.safetensors",), distill.run),
+        "quantize": ({"quantize": recipe.quantize}, (quantize.FILE,), quantize.run),
+        "export": ({}, (f"{export.FOLDER}/float.onnx", f"{export.FOLDER}/reference.npz"), export.run),
+        "profile": ({"profile": recipe.profile}, (f"{export.FOLDER}/{profile.LOGITS}",), profile.run),
+        "gate": ({"gate": recipe.gate, "budget": recipe.budget}, (), gate.run),
+        "bundle": ({}, ("6-bundle",), bundle.run),
+    }
+    with run.locked():
+        for name, (inputs, artefacts, work) in steps.items():
+            run.stage(name, inputs, artefacts, lambda work=work: work(bench))  # type: ignore[misc]
+            if name == last:
+                break
+        run.save()
+        write_reports(run.record, folder)
+    return run.record

@@ -1,0 +1,261 @@
+"""Reading a record: nothing in it is trusted to be there, and no number is shown without its kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+
+STAGES = ("teacher", "search", "distill", "quantize", "export", "profile", "gate", "bundle")
+MEASURED, PREDICTED, UNKNOWN = "measured", "predicted", "unknown"
+NONE = "—"
+NO_REASON = "the record gives no reason"
+CPU_CLOCK = (
+    "CPU time does not see memory-bandwidth stalls caused by neighbours, input/output, "
+    "or imbalance between threads."
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure as it is shown: ``text`` is ``NONE`` when ``kind`` is unknown; ``basis`` says why or how."""
+
+    name: str
+    text: str
+    kind: str
+    basis: str
+
+
+def dig(node: Any, *path: str) -> Any:
+    """The value at ``path``, or ``None`` when any part of the way is missing."""
+    for key in path:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def number(node: Any, *path: str) -> float | None:
+    """The finite number at ``path``, else ``None``."""
+    value = dig(node, *path)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def text(node: Any, *path: str) -> str:
+    """The value at ``path`` as text; empty when it is missing."""
+    value = dig(node, *path)
+    return "" if value is None else str(value)
+
+
+def rows(node: Any, *path: str) -> list[Record]:
+    """The list of tables at ``path``; empty when it is missing."""
+    value = dig(node, *path)
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def tables(node: Any, *path: str) -> dict[str, Record]:
+    """The named tables at ``path``; empty when there are none."""
+    value = dig(node, *path)
+    if not isinstance(value, Mapping):
+        return {}
+    return {str(name): row for name, row in value.items() if isinstance(row, Mapping)}
+
+
+def strings(node: Any, *path: str) -> list[str]:
+    """The list at ``path`` as texts; empty when it is missing."""
+    value = dig(node, *path)
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+
+
+def interval(node: Any, *path: str) -> tuple[float, float] | None:
+    """The pair of finite bounds at ``path``, else ``None``."""
+    value = dig(node, *path)
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    low, high = (number({"bound": bound}, "bound") for bound in value)
+    return None if low is None or high is None else (low, high)
+
+
+def wilson(accuracy: float, n: int) -> tuple[float, float]:
+    """Wilson score interval of a share, 95 % (Wilson 1927)."""
+    z = 1.959963984540054
+    middle = accuracy + z * z / (2 * n)
+    half = z * math.sqrt(max(0.0, accuracy * (1 - accuracy)) / n + z * z / (4 * n * n))
+    return (max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n)))
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits, never in exponent form between 1e-4 and 1e6."""
+    if value is None:
+        return NONE
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude < -4 or magnitude >= 6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - magnitude)}f}"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share as percent."""
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def milliseconds(value: float | None) -> str:
+    """A time with three significant digits."""
+    return NONE if value is None else f"{significant(value)} ms"
+
+
+def size(mib: float | None) -> str:
+    """A size in KiB below one MiB, in MiB above."""
+    if mib is None:
+        return NONE
+    return f"{mib:.2f} MiB" if mib >= 1 else f"{significant(mib * 1024)} KiB"
+
+
+def count(value: float | None) -> str:
+    """A count with the suffix k, M or G."""
+    if value is None:
+        return NONE
+    for factor, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= factor:
+            return f"{significant(value / factor)}{suffix}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, or minutes and seconds."""
+    if seconds is None:
+        return NONE
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if seconds >= 100 else f"{seconds:.1f} s"
+
+
+def bounds(pair: tuple[float, float] | None, scale: float = 1.0, digits: int = 3) -> str:
+    """An interval with one number of decimals for both bounds; empty when there is none."""
+    if pair is None:
+        return ""
+    largest = max(abs(pair[0]), abs(pair[1])) * scale
+    decimals = max(0, digits - 1 - math.floor(math.log10(largest))) if largest > 0 else 1
+    return "[" + ", ".join(f"{value * scale:.{min(decimals, 6)}f}" for value in pair) + "]"
+
+
+def validation_count(record: Record) -> int | None:
+    """Number of validation samples behind every accuracy."""
+    n = number(record, "metrics", "data", "validation")
+    return int(n) if n is not None and n >= 1 else None
+
+
+def accuracy_interval(record: Record, accuracy: float | None) -> tuple[float, float] | None:
+    """Wilson interval of an accuracy of this record; ``None`` without a sample count."""
+    n = validation_count(record)
+    return wilson(accuracy, n) if accuracy is not None and n is not None and 0 <= accuracy <= 1 else None
+
+
+def latency(row: Record, name: str = "latency") -> Figure:
+    """p50 / p90 of a variant; never a number when it was neither measured nor predicted."""
+    p50, p90 = number(row, "latency_p50_ms"), number(row, "latency_p90_ms")
+    kind, device, reason = text(row, "latency_kind"), text(row, "latency_device"), text(row, "reason")
+    if p50 is None:
+        return Figure(name, NONE, UNKNOWN, reason or NO_REASON)
+    if kind not in (MEASURED, PREDICTED):
+        return Figure(name, NONE, UNKNOWN, reason or "the record does not say whether it was measured")
+    shown = significant(p50) if p90 is None else f"{significant(p50)} / {significant(p90)}"
+    basis = f"on {device}" if device else f"the record does not name the device ({kind})"
+    return Figure(name, f"{shown} ms", kind, f"{basis}; {reason}" if reason else basis)
+
+
+def variants(record: Record) -> list[Record]:
+    """Every variant, then the runtimes that have none (not run: their reason is in ``backends``)."""
+    found = rows(record, "metrics", "variants")
+    seen = {text(row, "backend") for row in found}
+    absent = [
+        {"id": name, "backend": name, **row} for name, row in backends(record).items() if name not in seen
+    ]
+    return [*found, *absent]
+
+
+def backends(record: Record) -> dict[str, Record]:
+    """What each runtime did with the model that is shipped to it."""
+    return {name: row for name, row in tables(record, "metrics", "backends").items() if row}
+
+
+def primary(record: Record) -> Record:
+    """The variant of the target's own runtime, else of the runtime of the speed-up, else the first."""
+    found = backends(record)
+    wanted = (text(record, "target", "runtime"), text(record, "metrics", "speedup_over_teacher", "backend"))
+    for name in (*wanted, *found):
+        if name in found:
+            return {"backend": name, **found[name]}
+    return {}
+
+
+def shipped_accuracy(record: Record) -> tuple[str, float | None]:
+    """The accuracy nearest to what is shipped, and what it belongs to."""
+    first = primary(record)
+    places: list[tuple[str, float | None]] = [
+        (
+            f"{text(first, 'precision') or 'shipped'} model on {text(first, 'backend')}",
+            number(first, "accuracy"),
+        ),
+        *(
+            (f"{text(row, 'precision') or 'shipped'} model on {name}", number(row, "accuracy"))
+            for name, row in backends(record).items()
+        ),
+        ("quantized model (simulated)", number(record, "metrics", "quantize", "accuracy")),
+        ("student in float", number(record, "metrics", "student_float", "accuracy")),
+    ]
+    return next((place for place in places if place[1] is not None), ("", None))
+
+
+def shipped_size(record: Record) -> float | None:
+    """MiB of the shipped file: the target runtime's, else the first runtime's that has one."""
+    found = [primary(record), *backends(record).values()]
+    return next((value for value in (number(row, "size_mib") for row in found) if value is not None), None)
+
+
+def is_fallback(layer: Record, variant: Record) -> bool:
+    """Whether a layer of an int8 model really runs in float: it does multiplications, or says why."""
+    precision = text(layer, "precision").lower()
+    if text(variant, "precision").lower() != "int8" or not precision or "8" in precision.replace("fp8", ""):
+        return False
+    return bool(text(layer, "reason")) or (number(layer, "macs") or 0) > 0
+
+
+def missing_stages(record: Record) -> list[str]:
+    """Stages without an entry, in their order."""
+    done = tables(record, "stages")
+    return [stage for stage in STAGES if stage not in done]
+
+
+def verdict(record: Record) -> str:
+    """The verdict, or NO VERDICT when the run did not reach the gate."""
+    return text(record, "verdict") or "NO VERDICT"
+
+
+def decision(record: Record) -> str:
+    """One sentence: what was decided, from how many checks."""
+    checks = rows(record, "gate", "checks")
+    if not checks:
+        done = [stage for stage in STAGES if stage not in missing_stages(record)]
+        after = f"after the stage '{done[-1]}'" if done else "before its first stage"
+        return f"The run stopped {after}; nothing was decided."
+    totals: dict[str, int] = {}
+    for check in checks:
+        totals[text(check, "verdict") or "NO VERDICT"] = (
+            totals.get(text(check, "verdict") or "NO VERDICT", 0) + 1
+        )
+    parts = ", ".join(f"{many} {name.replace('_', ' ').lower()}" for name, many in totals.items())
+    meaning = {
+        "PASS": "The student may replace the teacher on this target",
+        "FAIL": "The student must not be shipped as it is",
+        "INCONCLUSIVE": "The measurements cannot decide; more data are needed",
+        "UNUSABLE": "The machine was too unsteady to measure; run the gate again",
+    }.get(verdict(record), "The record holds no overall verdict")
+    return f"{meaning}. Checks: {parts}."

@@ -1,0 +1,158 @@
+"""What several stages share: data, teacher, space, plan. Loaded on first use, so a resumed run stays quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from edgekd import export
+from edgekd.errors import DataError, UnsupportedModelError
+from edgekd.files import read_json
+from edgekd.quantize.capture import capture
+from edgekd.run import Run
+from edgekd.sources import Dataset, load_dataset
+from edgekd.sources.dataset import stratified_split
+from edgekd.spaces import Genome, SearchSpace, search_space
+from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.tasks.classification import normalise, to_tensor
+from edgekd.teacher import LoadedTeacher, Teacher, load_teacher, use_fastest_runtime
+from edgekd.train import CachedTeacher, Views
+
+Array = NDArray[np.float32]
+
+
+class Bench:
+    """The things on the table while a run works."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.recipe = run.recipe
+        torch.set_num_threads(max(1, run.recipe.threads))
+
+    def counter(self, what: str) -> Callable[[int, int], None]:
+        """A progress function that names its subject."""
+        return lambda done, total: self.run.reporter.step(what, done, total)
+
+    @cached_property
+    def loaded(self) -> LoadedTeacher:
+        return load_teacher(self.recipe.teacher)
+
+    @cached_property
+    def data(self) -> Dataset:
+        channels = self.loaded.channels
+        size = self.recipe.data.image_size
+        return load_dataset(
+            self.recipe.data,
+            seed=self.recipe.seed,
+            image_size=(size, size) if size else self.loaded.image_size,
+            color=None if channels is None else "grey" if channels == 1 else "rgb",
+            cache=self.run.folder / "cache",
+            progress=self.counter("read images"),
+        )
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        height, width, channels = self.data.shape
+        mean = self._per_channel("mean", self.recipe.teacher.mean or self.loaded.mean or (0.0,), channels)
+        std = self._per_channel("std", self.recipe.teacher.std or self.loaded.std or (1.0,), channels)
+        color = "grey" if channels == 1 else "rgb"
+        return ModelSpec(Preprocessing(height, width, color, mean, std), self.data.classes)
+
+    def _per_channel(self, name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+        if len(values) == 1:
+            return values * channels
+        if len(values) != channels:
+            raise DataError(f"teacher.{name} has {len(values)} values, the images have {channels} channels")
+        return values
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, with its ONNX form beside it where it has one, in the fastest faithful runtime."""
+        loaded, path = self.loaded, self.run.folder / "1-teacher.onnx"
+        teacher = Teacher(
+            self.recipe.teacher.source, self.spec, loaded.sha256, loaded.size_mib, loaded.model, loaded.onnx
+        )
+        if loaded.model is not None:
+            if not path.exists():
+                try:
+                    export.save(export.to_onnx(capture(loaded.model, self.spec.input_shape), self.spec), path)
+                except UnsupportedModelError as error:
+                    self.run.reporter.say(f"the teacher stays in torch: {error.message}")
+            teacher.onnx = path if path.exists() else None
+        use_fastest_runtime(teacher, self.validation_inputs[:256], max(1, self.recipe.threads))
+        return teacher
+
+    @cached_property
+    def validation_inputs(self) -> Tensor:
+        """Normalised float32 (N, C, H, W)."""
+        return normalise(to_tensor(self.data.validation_images), self.spec.preprocessing)
+
+    @cached_property
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Indices of the images to train on and of those held out to choose between models."""
+        train, selection = stratified_split(
+            self.data.train_labels,
+            self.recipe.data.selection_fraction,
+            self.recipe.seed,
+            self.data.classes,
+            "held-out part",
+        )
+        return torch.from_numpy(train), torch.from_numpy(selection)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """int64 labels of the images to train on."""
+        return torch.from_numpy(self.data.train_labels)[self.split[0]]
+
+    @cached_property
+    def selection(self) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of the held-out part of the training images."""
+        index = self.split[1]
+        images = to_tensor(self.data.train_images[index.numpy()])
+        return normalise(images, self.spec.preprocessing), torch.from_numpy(self.data.train_labels)[index]
+
+    @cached_property
+    def views(self) -> Views:
+        images = to_tensor(self.data.train_images[self.split[0].numpy()])
+        data, distill = self.recipe.data, self.recipe.distill
+        return Views(images, self.spec.preprocessing, data.augment, distill.views, self.recipe.seed)
+
+    @cached_property
+    def targets(self) -> CachedTeacher:
+        return CachedTeacher(self.teacher.logits, self.views)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        restrictions = self.run.target.space
+        multiple = int(float(restrictions.channel_multiple.value))
+        return search_space(self.recipe.search.space, self.spec, multiple, restrictions.kernels)
+
+    @property
+    def genome(self) -> Genome:
+        """The student that the search chose."""
+        return tuple(read_json(self.run.folder / "2-student.json")["genome"])
+
+    def student(self) -> nn.Module:
+        """The chosen student with its distilled weights."""
+        from safetensors.torch import load_file
+
+        model = self.space.build(self.genome, torch.Generator().manual_seed(self.recipe.seed))
+        model.load_state_dict(load_file(self.run.folder / "3-distilled.safetensors"))
+        return model.eval()
+
+    @cached_property
+    def captured(self) -> fx.GraphModule:
+        """The distilled student as a graph with batch norm folded."""
+        return capture(self.student(), self.spec.input_shape)
+
+    @cached_property
+    def teacher_logits(self) -> Array:
+        """(N, classes) of the teacher on the validation images."""
+        parts = [self.teacher.logits(part) for part in self.validation_inputs.split(256)]
+        logits: Array = torch.cat(parts).numpy()
+        return logits

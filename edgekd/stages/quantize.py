@@ -1,0 +1,195 @@
+"""Stage 4: fake quantization, calibrated and then trained with the teacher's logits as targets."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from edgekd.distillers import terms
+from edgekd.files import sha256_json, write_atomic, write_bytes
+from edgekd.quantize.fakequant import (
+    Origin,
+    QuantizedParameters,
+    Sites,
+    calibrate,
+    find_sites,
+    insert,
+    parameters_of,
+)
+from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
+from edgekd.stages.bench import Bench
+from edgekd.stages.search import quantize_mode
+from edgekd.tasks.classification import accuracy, normalise, to_tensor
+from edgekd.train import CachedTeacher, Plan, Stage, Views, evaluate, fit, load_checkpoint, probe
+
+FILE = "4-quantized.safetensors"
+
+
+@dataclass
+class _Candidate:
+    """One way to quantize; `distance` is the mean squared difference of logits to the float student on the
+    held-out images, `right` its accuracy there."""
+
+    name: str
+    graph: fx.GraphModule
+    right: float
+    distance: float
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Metric `quantize`; leaves ``4-quantized.safetensors`` with trained values, scales and grids."""
+    mode = quantize_mode(bench)
+    path = bench.run.folder / FILE
+    if mode == "none":
+        reason = (
+            "asked for"
+            if bench.recipe.quantize.mode == "none"
+            else f"the card: {bench.run.target.quant.source}"
+        )
+        write_bytes(path, b"")
+        return {
+            "quantize": {"mode": "none", "chosen": "none", "reason": reason, "dialect": "none", "history": []}
+        }
+    scheme = scheme_for(bench.run.target)
+    graph = bench.captured
+    sites = find_sites(graph, scheme)
+    inputs, labels = bench.selection
+    exact = evaluate(graph, inputs)
+
+    def judge(name: str, quantized: fx.GraphModule) -> _Candidate:
+        logits = evaluate(quantized, inputs)
+        return _Candidate(
+            name, quantized, accuracy(logits.numpy(), labels.numpy()), float((logits - exact).square().mean())
+        )
+
+    grids = calibrate(graph, sites, _calibration_batches(bench), scheme, bench.recipe.quantize.calibrator)
+    candidates = [judge("ptq", insert(graph, sites, grids, scheme))]
+    history: list[dict[str, float]] = []
+    if mode == "qat":
+        trained, history = _train(bench, copy.deepcopy(candidates[0].graph))
+        candidates.append(judge("qat", trained))
+    chosen = max(candidates, key=lambda c: (c.right, -c.distance))
+    reason = ", ".join(f"{c.name} {100 * c.right:.2f} %" for c in candidates)
+    _save(path, parameters_of(chosen.graph, sites), sites, scheme)
+    right = accuracy(evaluate(chosen.graph, bench.validation_inputs).numpy(), bench.data.validation_labels)
+    bench.run.reporter.say(
+        f"  {chosen.name} kept ({reason} of {len(labels)} held-out images): {100 * right:.2f} %"
+    )
+    by_name = {c.name: c.right for c in candidates}
+    return {
+        "quantize": {
+            "mode": mode,
+            "chosen": chosen.name,
+            "reason": f"higher accuracy on {len(labels)} held-out training images: {reason}",
+            "dialect": scheme.dialect,
+            "calibrator": bench.recipe.quantize.calibrator,
+            "accuracy": right,
+            "ptq_selection_accuracy": by_name["ptq"],
+            "qat_selection_accuracy": by_name.get("qat"),
+            "history": history,
+        }
+    }
+
+
+def _calibration_batches(bench: Bench) -> list[torch.Tensor]:
+    """Training images without augmentation, drawn evenly from all classes."""
+    count = min(bench.recipe.quantize.calibration_images, len(bench.labels))
+    order = torch.randperm(len(bench.labels), generator=torch.Generator().manual_seed(bench.recipe.seed))
+    by_class = [order[bench.labels[order] == label] for label in range(len(bench.spec.classes))]
+    rounds = [part[i] for i in range(max(map(len, by_class))) for part in by_class if i < len(part)]
+    index = bench.split[0][torch.stack(rounds[:count])]
+    images = to_tensor(bench.data.train_images[index.numpy()])
+    return list(normalise(images, bench.spec.preprocessing).split(128))
+
+
+def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[dict[str, float]]]:
+    """Quantization-aware training: the distillation loop with fake quantization in the graph. Steps run in
+    float32, because bfloat16 activations would be rounded twice."""
+    recipe, distill = bench.recipe.quantize, bench.recipe.distill
+    before = bench.run.record["stages"]["distill"]["outputs_sha256"]
+    key = sha256_json([bench.run.record["recipe"]["quantize"], bench.run.target.id, before])[:12]
+    checkpoint = bench.run.folder / "checkpoints" / f"quantize-{key}.pt"
+    stored = load_checkpoint(checkpoint)
+    if stored is not None:
+        plan = Plan(**stored["plan"])
+    else:
+        inputs = bench.views.batch(0, torch.arange(min(distill.batch_size, len(bench.views))))
+        plan, _ = probe(graph, inputs, bench.recipe.threads, allow_bfloat16=False)
+    images = to_tensor(bench.data.train_images[bench.split[0].numpy()])
+    views = Views(images, bench.spec.preprocessing, "none", 1, bench.recipe.seed)
+    history = fit(
+        Stage(
+            name="quantize",
+            model=graph,
+            views=views,
+            labels=bench.labels,
+            teacher=CachedTeacher(bench.teacher.logits, views),
+            terms=terms(distill.method),
+            epochs=recipe.epochs,
+            batch_size=distill.batch_size,
+            learning_rate=recipe.learning_rate,
+            weight_decay=distill.weight_decay,
+            ema_decay=min(distill.ema_decay, 0.99),
+            seed=bench.recipe.seed,
+            plan=plan,
+            checkpoint=checkpoint,
+            selection=bench.selection,
+        ),
+        bench.run.reporter.step,
+    )
+    return graph, history
+
+
+def _save(path: Path, parameters: QuantizedParameters, sites: Sites, scheme: QuantScheme) -> None:
+    from safetensors.numpy import save_file
+
+    tensors = {f"value:{k}": np.ascontiguousarray(v) for k, v in parameters.tensors.items()}
+    tensors |= {f"scale:{k}": np.ascontiguousarray(v) for k, v in parameters.weight_scales.items()}
+    metadata = {
+        "activations": json.dumps({k: asdict(v) for k, v in parameters.activations.items()}),
+        "weight_bounds": json.dumps(parameters.weight_bounds),
+        "sites": json.dumps(asdict(sites)),
+        "scheme": json.dumps(asdict(scheme)),
+    }
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_quantized(path: Path) -> tuple[QuantizedParameters, Sites, QuantScheme]:
+    """Read back what this stage left."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    parameters = QuantizedParameters(
+        {k.removeprefix("value:"): v for k, v in tensors.items() if k.startswith("value:")},
+        {k.removeprefix("scale:"): v for k, v in tensors.items() if k.startswith("scale:")},
+        tuple(json.loads(metadata["weight_bounds"])),
+        {k: Grid(**v) for k, v in json.loads(metadata["activations"]).items()},
+    )
+    sites = json.loads(metadata["sites"])
+    sites["activations"] = {k: tuple(v) for k, v in sites["activations"].items()}
+    sites["weights"] = tuple(sites["weights"])
+    sites["origins"] = {
+        k: Origin(v["operator"], tuple(v["inputs"]), tuple(v["parameters"]), v["is_output"])
+        for k, v in sites["origins"].items()
+    }
+    return parameters, Sites(**sites), QuantScheme(**json.loads(metadata["scheme"]))
+
+
+def rebuild(bench: Bench) -> fx.GraphModule:
+    """The fake-quantized torch graph from the file of this stage: the reference of all parity checks."""
+    parameters, sites, scheme = load_quantized(bench.run.folder / FILE)
+    graph = insert(bench.captured, sites, parameters.activations, scheme)
+    state = {name: torch.from_numpy(value) for name, value in parameters.tensors.items()}
+    for name, scale in parameters.weight_scales.items():
+        state["weight_" + name.replace(".", "_") + ".log_scale"] = torch.from_numpy(scale).log()
+    graph.load_state_dict(state, strict=False)
+    return graph.eval()

@@ -1,0 +1,216 @@
+"""Stage 2: find a student for the device without training."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgekd.cost import CostModel, cost_model
+from edgekd.files import write_json
+from edgekd.nets import Outputs, count_parameters, layer_shapes, tapped_forward
+from edgekd.proxies import proxy
+from edgekd.search import Candidate, Found, Genome, Limits, search
+from edgekd.stages.bench import Bench
+from edgekd.tasks.classification import normalise, to_tensor
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Metric `search`; leaves ``2-student.json``. Evaluations are stored as they come, so a cut-off search
+    continues on the same path."""
+    recipe = bench.recipe
+    model = cost_model(bench.run.target, executed_precision(bench))
+    limits = _limits(bench, model)
+    evaluate = _Evaluator(bench, model, limits)
+    found = search(
+        bench.space.choices,
+        evaluate,
+        limits,
+        evaluations=recipe.search.evaluations,
+        population=recipe.search.population,
+        seed=recipe.seed,
+        progress=bench.counter("search students"),
+    )
+    evaluate.close()
+    model.close()
+    metrics = {"search": _metrics(bench, found, model, limits), "_unverified": list(model.unverified)}
+    chosen = found.candidates[found.chosen]
+    write_json(
+        bench.run.folder / "2-student.json",
+        {
+            "space": recipe.search.space,
+            "genome": list(chosen.genome),
+            "architecture": list(bench.space.describe(chosen.genome)),
+            "candidate": asdict(chosen),
+        },
+    )
+    latency = (
+        "latency unknown"
+        if chosen.latency_ms is None
+        else f"{chosen.latency_ms:.4f} ms predicted ({model.kind})"
+    )
+    bench.run.reporter.say(
+        f"  student: {chosen.parameters:,} parameters, {chosen.macs / 1e6:.2f} MMACs, {latency}; "
+        f"best of {len(found.candidates)} candidates"
+    )
+    return metrics
+
+
+def executed_precision(bench: Bench) -> str:
+    """What the deployed student will run in, for the cost model."""
+    return "fp32" if quantize_mode(bench) == "none" else "int8"
+
+
+def quantize_mode(bench: Bench) -> str:
+    """The recipe's mode, with "card" resolved."""
+    mode = bench.recipe.quantize.mode
+    if mode != "card":
+        return mode
+    return "none" if bench.run.target.quant.dialect == "none" else "qat"
+
+
+def _limits(bench: Bench, model: CostModel) -> Limits:
+    """The budget; without a latency of its own, a share of what the teacher would take in the same precision."""
+    budget, teacher = bench.recipe.budget, bench.teacher
+    teacher_macs = teacher.macs
+    latency_ms = budget.max_latency_ms
+    if latency_ms is None and teacher.model is not None:
+        predicted = model.predict(layer_shapes(teacher.model, bench.spec.input_shape)).latency_ms
+        latency_ms = None if predicted is None else predicted * budget.max_latency_ratio
+    return Limits(
+        latency_ms,
+        budget.max_size_mib,
+        None if teacher_macs is None else int(teacher_macs * budget.max_macs_ratio),
+    )
+
+
+class _Evaluator:
+    """Genome to candidate. Costs come first; only a student within the budget is built and scored."""
+
+    def __init__(self, bench: Bench, model: CostModel, limits: Limits) -> None:
+        self._space, self._model, self._limits = bench.space, model, limits
+        self._seed, self._classes = bench.recipe.seed, len(bench.spec.classes)
+        self._proxy = proxy(bench.recipe.search.score)
+        generator = torch.Generator().manual_seed(bench.recipe.seed)
+        index = torch.randperm(len(bench.data.train_labels), generator=generator)
+        index = index[: bench.recipe.search.batch_size]
+        images = to_tensor(bench.data.train_images[index.numpy()])
+        self._inputs = normalise(images, bench.spec.preprocessing)
+        self._labels = torch.from_numpy(bench.data.train_labels)[index]
+        self._teacher = self._teacher_outputs(bench)
+        self._path = bench.run.folder / "checkpoints" / "search.jsonl"
+        self._known = _stored(self._path, bench)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _teacher_outputs(self, bench: Bench) -> Outputs:
+        teacher = bench.teacher
+        if bench.recipe.search.teacher_state == "random" and teacher.model is not None:
+            import copy
+
+            fresh = copy.deepcopy(teacher.model).train()
+            generator = torch.Generator().manual_seed(self._seed)
+            for module in fresh.modules():  # the published scripts draw all weights from N(0, 1)
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    nn.init.normal_(module.weight, generator=generator)
+            with torch.no_grad():
+                return tapped_forward(fresh, self._inputs, self._classes)
+        return teacher.outputs(self._inputs)
+
+    def __call__(self, genome: Genome) -> Candidate:
+        key = json.dumps(genome)
+        if key not in self._known:
+            candidate = self._evaluate(genome)
+            self._known[key] = candidate
+            self._file.write(json.dumps(asdict(candidate)) + "\n")
+            self._file.flush()
+        return self._known[key]
+
+    def _evaluate(self, genome: Genome) -> Candidate:
+        layers = self._space.layers(genome)
+        cost = self._model.predict(layers)
+        candidate = Candidate(
+            genome,
+            parameters=sum(layer.parameters for layer in layers),
+            macs=sum(layer.macs for layer in layers),
+            latency_ms=cost.latency_ms,
+            size_mib=cost.size_mib,
+            terms={},
+        )
+        if candidate.excess(self._limits):
+            return candidate
+        student = self._space.build(genome, torch.Generator().manual_seed(self._seed)).train()
+        with torch.no_grad():
+            outputs = tapped_forward(student, self._inputs, self._classes)
+        terms = self._proxy.terms(outputs, self._teacher, self._labels)
+        if all(math.isfinite(value) for value in terms.values()):
+            candidate.terms.update(terms)
+        return candidate
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
+    """Evaluations of an earlier start of the same search; a torn last line is dropped."""
+    if not path.exists() or bench.run.record.get("search_started") != _search_key(bench):
+        path.unlink(missing_ok=True)
+        bench.run.record["search_started"] = _search_key(bench)
+        bench.run.save()
+        return {}
+    known = {}
+    kept = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        row["genome"] = tuple(row["genome"])
+        known[json.dumps(row["genome"])] = Candidate(**row)
+        kept += line + "\n"
+    path.write_text(kept, encoding="utf-8")
+    return known
+
+
+def _search_key(bench: Bench) -> str:
+    return str(bench.run.record["stages"]["teacher"]["inputs_sha256"]) + str(
+        bench.run.record["recipe"]["search"]
+    )
+
+
+def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> dict[str, Any]:
+    rows = zip(found.candidates, found.score, found.feasible, found.generation, strict=True)
+    return {
+        "score": bench.recipe.search.score,
+        "teacher_state": bench.recipe.search.teacher_state,
+        "evaluated": len(found.candidates),
+        "dropped": found.dropped,
+        "cost_model": {
+            "kind": model.kind,
+            "device": model.device,
+            "error_percent": model.error_percent,
+            "note": model.note,
+        },
+        "budget": {
+            "max_latency_ms": limits.latency_ms,
+            "max_size_mib": limits.size_mib,
+            "max_macs": limits.macs,
+        },
+        "candidates": [
+            asdict(candidate) | {"score": score, "feasible": feasible, "generation": generation}
+            for candidate, score, feasible, generation in rows
+        ],
+        "chosen": found.chosen,
+        "by_macs": found.by_macs,
+        "by_parameters": found.by_parameters,
+        "latency_measured_ms": None,
+        "latency_measured_on": None,
+        "built_parameters": count_parameters(
+            bench.space.build(found.candidates[found.chosen].genome, torch.Generator())
+        ),
+    }

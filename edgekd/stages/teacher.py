@@ -1,0 +1,38 @@
+"""Stage 1: the teacher and the data, checked against each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from edgekd.files import write_json
+from edgekd.sources import summary
+from edgekd.stages.bench import Bench
+from edgekd.teacher import check_teacher
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Metrics `data` and `teacher`; leaves ``1-teacher.json``."""
+    data, teacher = bench.data, bench.teacher
+    accuracy = check_teacher(teacher, torch.from_numpy(bench.teacher_logits), data.validation_labels)
+    metrics = {
+        "data": summary(data) | {"train": len(bench.split[0]), "selection": len(bench.split[1])},
+        "teacher": {
+            "name": teacher.name,
+            "accuracy": accuracy,
+            "parameters": teacher.parameters,
+            "macs": teacher.macs,
+            "size_mib": teacher.size_mib,
+            "size_kind": "float32 weights" if teacher.model is not None else "file",
+            "sha256": teacher.sha256,
+            "runtime": teacher.runtime,
+            "logits_max_abs_diff": teacher.logits_max_abs_diff,
+        },
+    }
+    write_json(bench.run.folder / "1-teacher.json", metrics)
+    bench.run.reporter.say(
+        f"  teacher {teacher.name}: {100 * accuracy:.2f} % of {len(data.validation_labels)} validation images; "
+        f"its logits come from {teacher.runtime}"
+    )
+    return metrics

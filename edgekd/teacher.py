@@ -1,0 +1,363 @@
+"""Stage 1: load a teacher and find out whether it knows this data.
+
+A teacher is data unless the user names a factory: weights are read from safetensors or with
+``weights_only=True``, and a pickle with code in it is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import math
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgekd.backends import Session, backend
+from edgekd.errors import BackendError, MissingExtraError, TeacherError, missing_extra
+from edgekd.files import sha256_file, sha256_json
+from edgekd.nets import Outputs, count_macs, count_parameters, tapped_forward
+from edgekd.recipe import TeacherRecipe
+from edgekd.spec import ModelSpec
+from edgekd.tasks.classification import top1_agreement
+
+log = logging.getLogger(__name__)
+Array = NDArray[np.float32]
+
+
+@dataclass
+class Teacher:
+    """A trained classifier: a torch module, or only an ONNX file (a black box with logits)."""
+
+    name: str
+    spec: ModelSpec
+    sha256: str
+    size_mib: float
+    model: nn.Module | None
+    onnx: Path | None = None
+    runtime: str = "torch f32"
+    logits_max_abs_diff: float = 0.0
+    _session: Session | None = field(default=None, repr=False)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(N, classes) float32 of normalised (N, C, H, W) inputs, by the fastest runtime found faithful."""
+        if self._session is not None:
+            return torch.from_numpy(self._session.run(inputs.contiguous().numpy()))
+        return self.outputs(inputs).logits
+
+    @torch.no_grad()
+    def outputs(self, inputs: Tensor) -> Outputs:
+        """Logits and, of a torch teacher, features and embedding."""
+        if self.model is None:
+            return Outputs(self.logits(inputs))
+        return tapped_forward(self.model, inputs, len(self.spec.classes))
+
+    @property
+    def parameters(self) -> int | None:
+        return None if self.model is None else count_parameters(self.model)
+
+    @property
+    def macs(self) -> int | None:
+        if self.model is not None:
+            return count_macs(self.model, self.spec.input_shape)
+        from edgekd.backends.macs import compute_nodes
+
+        return None if self.onnx is None else sum(node.macs for node in compute_nodes(self.onnx))
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """What a loader returns before the data is known."""
+
+    model: nn.Module | None
+    onnx: Path | None
+    sha256: str
+    size_mib: float
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    image_size: tuple[int, int] | None = None
+    channels: int | None = None
+
+
+def load_teacher(recipe: TeacherRecipe, classes: int | None = None) -> LoadedTeacher:
+    """The teacher a recipe names.
+
+    Raises:
+        TeacherError: it cannot be found or its weights do not fit; MissingExtraError: a package is missing.
+    """
+    source = recipe.source
+    prefix, _, name = source.partition(":")
+    if source == "demo":
+        return _demo()
+    if source.endswith(".onnx"):
+        return _onnx(Path(source))
+    loaders: dict[str, Callable[[str, TeacherRecipe], LoadedTeacher]] = {
+        "timm": _timm,
+        "torchvision": _torchvision,
+        "transformers": _transformers,
+    }
+    if prefix in loaders and name:
+        return loaders[prefix](name, recipe)
+    if name:
+        return _factory(prefix, name, recipe)
+    raise TeacherError(
+        f"teacher '{source}' is none of the known forms",
+        "use package.module:factory, timm:NAME, torchvision:NAME, transformers:PATH or a .onnx file",
+    )
+
+
+def _demo() -> LoadedTeacher:
+    from edgekd.demo import DemoTeacher, demo_folder
+
+    path = demo_folder() / "teacher.safetensors"
+    model = DemoTeacher()
+    _load_weights(model, path)
+    return LoadedTeacher(
+        model.eval(), None, sha256_file(path), _float_mib(model), (0.2860,), (0.3530,), (28, 28), 1
+    )
+
+
+def _factory(module_name: str, attribute: str, recipe: TeacherRecipe) -> LoadedTeacher:
+    """A callable without required arguments (or a module) that the user names; this runs the user's code."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise TeacherError(
+            f"teacher '{module_name}:{attribute}': {error}",
+            "run from the folder that holds the package, or install it",
+        ) from error
+    except AttributeError as error:
+        raise TeacherError(f"teacher '{module_name}:{attribute}': {error}") from error
+    if inspect.isclass(made) or not isinstance(made, nn.Module):
+        try:
+            made = made()
+        except TypeError as error:
+            raise TeacherError(
+                f"teacher factory '{module_name}:{attribute}': {error}", "it is called without arguments"
+            ) from error
+    if not isinstance(made, nn.Module):
+        raise TeacherError(
+            f"teacher factory '{module_name}:{attribute}' returned {type(made).__name__}, expected torch.nn.Module"
+        )
+    if recipe.weights:
+        _load_weights(made, Path(recipe.weights))
+    return LoadedTeacher(made.eval(), None, _module_digest(made), _float_mib(made))
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    state = _read_state(path)
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise TeacherError(f"weights {path} do not fit the model: {error}") from error
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise TeacherError(f"weights {path}: no such file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise TeacherError(
+                f"weights {path}: {error}", "the file is damaged or not safetensors"
+            ) from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split(".")[0]
+        raise TeacherError(
+            f"weights {path}: refused, the pickle holds more than tensors ({reason})",
+            "store a plain state dict: safetensors.torch.save_file(model.state_dict(), 'teacher.safetensors')",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise TeacherError(f"weights {path}: {error}", "the file is damaged") from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise TeacherError(f"weights {path}: expected a state dict of tensors, got {type(loaded).__name__}")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _timm(name: str, recipe: TeacherRecipe) -> LoadedTeacher:
+    try:
+        import timm
+    except ImportError as error:
+        raise missing_extra("timm", "timm", f"teacher 'timm:{name}'") from error
+    try:
+        model = timm.create_model(name, pretrained=not recipe.weights)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise TeacherError(
+            f"teacher 'timm:{name}': {error}", "timm.list_models() names the known ones"
+        ) from error
+    if recipe.weights:
+        _load_weights(model, Path(recipe.weights))
+    config = model.pretrained_cfg
+    channels, *size = config["input_size"]
+    return LoadedTeacher(
+        model.eval(), None, _module_digest(model), _float_mib(model),
+        tuple(config["mean"]), tuple(config["std"]), (size[0], size[1]), channels,
+    )  # fmt: skip
+
+
+def _torchvision(name: str, recipe: TeacherRecipe) -> LoadedTeacher:
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError) as error:
+        raise missing_extra("torchvision", "torchvision", f"teacher 'torchvision:{name}'") from error
+    try:
+        weights = None if recipe.weights else models.get_model_weights(name).DEFAULT
+        model = models.get_model(name, weights=weights)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise TeacherError(f"teacher 'torchvision:{name}': {error}") from error
+    if recipe.weights:
+        _load_weights(model, Path(recipe.weights))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return LoadedTeacher(
+        model.eval(), None, _module_digest(model), _float_mib(model), mean, std, (224, 224), 3
+    )
+
+
+class _LogitsOnly(nn.Module):
+    """A transformers classifier as a plain function of pixels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.model(pixel_values=pixels).logits
+        return logits
+
+
+def _transformers(name: str, recipe: TeacherRecipe) -> LoadedTeacher:
+    try:
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+    except ImportError as error:
+        raise missing_extra("transformers", "transformers", f"teacher 'transformers:{name}'") from error
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TeacherError(
+            f"teacher 'transformers:{name}': {error}", "a local folder works offline"
+        ) from error
+    size = processor.size.get("height") or processor.size["shortest_edge"]
+    wrapped = _LogitsOnly(model.eval())
+    return LoadedTeacher(
+        wrapped, None, _module_digest(wrapped), _float_mib(wrapped),
+        tuple(processor.image_mean), tuple(processor.image_std), (size, size), 3,
+    )  # fmt: skip
+
+
+def _onnx(path: Path) -> LoadedTeacher:
+    if not path.is_file():
+        raise TeacherError(f"teacher {path}: no such file")
+    import onnx
+
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise TeacherError(f"teacher {path}: not a valid ONNX model: {error}") from error
+    except Exception as error:  # noqa: BLE001 - protobuf's own error class is not public
+        raise TeacherError(f"teacher {path}: not an ONNX file: {error}") from error
+    inputs = [i for i in model.graph.input if i.name not in {t.name for t in model.graph.initializer}]
+    shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []
+    if len(shape) != 4:
+        raise TeacherError(
+            f"teacher {path}: expected one input (N, C, H, W), got {[i.name for i in inputs]}: {shape}"
+        )
+    size = (shape[2], shape[3]) if shape[2] and shape[3] else None
+    return LoadedTeacher(
+        None, path, sha256_file(path), path.stat().st_size / 2**20, image_size=size, channels=shape[1] or None
+    )
+
+
+def _module_digest(model: nn.Module) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return sha256_json([type(model).__qualname__, digest.hexdigest()])
+
+
+def _float_mib(model: nn.Module) -> float:
+    return 4 * count_parameters(model) / 2**20
+
+
+def check_teacher(teacher: Teacher, logits: Tensor, labels: NDArray[np.int64]) -> float:
+    """Accuracy of a teacher on validation logits (N, classes).
+
+    Raises:
+        TeacherError: the class count differs, or accuracy is within three standard errors of chance.
+    """
+    classes = len(teacher.spec.classes)
+    if logits.shape[1] != classes:
+        raise TeacherError(
+            f"the teacher '{teacher.name}' has {logits.shape[1]} outputs, the data has {classes} classes: "
+            + ", ".join(teacher.spec.classes[:12]),
+            "use the data the teacher was trained on, with the same class folders",
+        )
+    right = float((logits.argmax(1).numpy() == labels).mean())
+    chance = float(np.bincount(labels, minlength=classes).max() / len(labels))
+    if right <= chance + max(3 * math.sqrt(chance * (1 - chance) / len(labels)), 0.2 * (1 - chance)):
+        raise TeacherError(
+            f"the teacher '{teacher.name}' gets {100 * right:.1f} % of {len(labels)} validation images right; "
+            f"chance is {100 * chance:.1f} %",
+            "check its weights, the class order of the data and the normalisation (--mean, --std)",
+        )
+    return right
+
+
+def use_fastest_runtime(teacher: Teacher, inputs: Tensor, threads: int) -> None:
+    """Open the teacher's ONNX file in the fastest runtime whose logits agree; otherwise torch stays.
+
+    OpenVINO in bf16 comes first where the processor has it, then f32; accepted at 99 % top-1 agreement and
+    a maximal difference of a tenth of the logits' range on `inputs`.
+    """
+    if teacher.onnx is None:
+        return
+    exact: Array | None = None
+    if teacher.model is not None:
+        exact = tapped_forward(teacher.model, inputs, len(teacher.spec.classes)).logits.detach().numpy()
+    for name, precision in (("openvino", "bf16"), ("openvino", "f32"), ("onnxruntime", "f32")):
+        try:
+            engine = backend(name)
+            if precision not in engine.precisions():
+                continue
+            session = engine.open(teacher.onnx, threads=threads, precision=precision)
+            got = session.run(inputs.numpy())
+            if exact is None:
+                exact = engine.open(teacher.onnx, threads=threads).run(inputs.numpy())
+        except (MissingExtraError, BackendError) as error:
+            log.info("teacher runtime %s %s: %s", name, precision, error.message)
+            continue
+        difference = float(np.abs(got - exact).max())
+        if top1_agreement(got, exact) >= 0.99 and difference <= 0.1 * float(np.ptp(exact)):
+            teacher._session = session
+            teacher.runtime = f"{name} {precision}"
+            teacher.logits_max_abs_diff = difference
+            return
+    if teacher.model is None:
+        raise TeacherError(
+            f"no runtime here can run {teacher.onnx}", "python -m pip install 'edgekd[onnxruntime,openvino]'"
+        )
