@@ -20,6 +20,7 @@ from edgekd.recipe import Recipe, to_toml
 from edgekd.target import Target
 
 STAGES = ("teacher", "search", "distill", "quantize", "export", "profile", "gate", "bundle")
+_VERDICTS = ("gate", "verdict", "bundle")  # results that stand beside the metrics
 
 
 class Reporter(Protocol):
@@ -114,21 +115,28 @@ class Run:
             self.reporter.say(f"{number}: up to date")
             return
         self.reporter.say(f"{number} …")
+        self._forget(STAGES[position + 1 :])
         begin = time.perf_counter()
         found = work()
-        if found.get("_unverified"):
+        if "_unverified" in found:
             self.record["target"]["unverified"] = found.pop("_unverified")
-        self.record.update({key: found.pop(key) for key in ("gate", "verdict", "bundle") if key in found})
+        results = list(found)
+        self.record.update({key: found.pop(key) for key in _VERDICTS if key in found})
         self.record["metrics"].update(found)
         self.record["stages"][name] = {
             "seconds": round(time.perf_counter() - begin, 2),
             "inputs_sha256": digest,
             "outputs_sha256": self._digest(artefacts),
             "resumed": False,
+            "results": results,
         }
-        for later in STAGES[position + 1 :]:
-            self.record["stages"].pop(later, None)
         self.save()
+
+    def _forget(self, later: tuple[str, ...]) -> None:
+        """Drop what later stages found from other inputs: a verdict must not outlive its student."""
+        for name in later:
+            for key in self.record["stages"].pop(name, {}).get("results", ()):
+                (self.record if key in _VERDICTS else self.record["metrics"]).pop(key, None)
 
     def save(self) -> None:
         """Rewrite ``record.json`` in one step."""
@@ -149,6 +157,8 @@ class Run:
 def fingerprint(source: str) -> str:
     """What tells whether an outside file or folder changed: contents of a file, names, sizes and times of a folder."""
     path = Path(source).expanduser()
+    if not source:  # an empty path would mean the current folder
+        return ""
     if path.is_file():
         return sha256_file(path)
     if path.is_dir():
