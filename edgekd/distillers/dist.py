@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.distillers import Needs
@@ -13,15 +12,15 @@ from edgekd.nets import Outputs
 def _one_minus_pearson(a: Tensor, b: Tensor) -> Tensor:
     """Mean over rows of 1 - correlation."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return (1 - F.cosine_similarity(a, b, 1, eps=1e-8)).mean()
+    return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()
 
 
 def dist_loss(
     student_logits: Tensor, teacher_logits: Tensor, beta: float, gamma: float, temperature: float
 ) -> Tensor:
-    """``T^2 * (beta * (1 - rho over classes) + gamma * (1 - rho over the batch))`` of softmax(logits / T), (N, classes).
+    """``T^2 * (beta * (1 - rho over classes) + gamma * (1 - rho over the batch))`` of softmax(logits / T).
 
-    The factor T^2 follows the published code; as the correlation tends to a constant for large T, the
+    Logits are (N, classes). The factor T^2 follows the published code; as the correlation tends to a constant for large T, the
     loss grows with T (rescale the weight when changing T).
     """
     wide = [z if z.dtype.itemsize >= 4 else z.float() for z in (student_logits, teacher_logits.detach())]
