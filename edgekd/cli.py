@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,8 +105,9 @@ def _run(last: str, **given: Any) -> None:
 
     keys = {
         "target": "target", "teacher": "teacher.source", "weights": "teacher.weights", "data": "data.source",
-        "image_size": "data.image_size", "skip_bad": "data.skip_bad", "max_latency_ms": "budget.max_latency_ms",
-        "max_size_mib": "budget.max_size_mib", "max_drop": "budget.max_drop_points", "method": "distill.method",
+        "image_size": "data.image_size", "skip_bad": "data.skip_bad", "method": "distill.method",
+        "max_latency_ms": "budget.max_latency_ms", "max_size_mib": "budget.max_size_mib",
+        "max_drop": "budget.max_drop_points",
         "quantize_mode": "quantize.mode", "seed": "seed", "threads": "threads",
     }  # fmt: skip
     overrides = {key: given[name] for name, key in keys.items() if given[name] is not None}
@@ -203,11 +203,11 @@ def profile(
 
 
 @cli.command()
-@click.argument("candidate", type=click.Path(path_type=Path, exists=True))
+@click.argument("candidate", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option(
     "--reference",
     required=True,
-    type=click.Path(path_type=Path, exists=True),
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="ONNX file to compare with.",
 )
 @click.option("--backend", default="onnxruntime", show_default=True)
@@ -219,16 +219,19 @@ def profile(
 @click.option("--threads", default=1, show_default=True, type=int)
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict on stdout as JSON.")
-def gate(candidate: Path, reference: Path, as_json: bool, **limits: Any) -> None:
+def gate(
+    candidate: Path, reference: Path, backend: str, threads: int, as_json: bool, **limits: Any
+) -> None:
     """Is CANDIDATE slower than the reference? Any two ONNX files with the same input shape.
 
     \b
     Example: edgekd gate new.onnx --reference released.onnx --max-ratio 1.05
     Exit: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 75 UNUSABLE
     """
+    from edgekd.gate import LatencyLimits
     from edgekd.stages.files import gate_files
 
-    result = gate_files(candidate, reference, **limits)
+    result = gate_files(candidate, reference, LatencyLimits(**limits), backend=backend, threads=threads)
     _emit(result, as_json)
     raise SystemExit(EXIT_GATE[result["verdict"]])
 
@@ -259,7 +262,7 @@ def targets_list(as_json: bool) -> None:
     """All shipped cards. Example: edgekd targets list"""
     from edgekd.target import all_targets, is_this_machine
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": card.id,
             "aliases": list(card.aliases),
@@ -343,4 +346,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

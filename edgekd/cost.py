@@ -94,7 +94,7 @@ class Roofline:
         self.note = (
             "card roofline, about ±50 %; orders candidates, proves nothing"
             if self.known
-            else "the card has no compute or bandwidth figure: latency unknown, candidates are ordered by MACs"
+            else "the card has no compute or bandwidth figure: latency unknown, MACs order the candidates"
         )
 
     @property
@@ -166,7 +166,10 @@ class LayerTable:
         self._header, self._entries, self._added = header, stored, 0
         if "empty" not in self._entries:
             self._entries["empty"] = self._measure(None)
-        self.note = f"sum of layers measured one by one on {self.device} with {header['runtime']}; CPU time, one thread"
+        self.note = (
+            f"sum of layers measured one by one on {self.device} with {header['runtime']}; "
+            "CPU time, one thread"
+        )
 
     def predict(self, layers: tuple[LayerShape, ...]) -> Cost:
         empty = self._entries["empty"]

@@ -63,7 +63,7 @@ def to_onnx(graph: fx.GraphModule | torch.nn.Module, spec: ModelSpec) -> onnx.Mo
 
 
 def _pool_in_one_node(graph: onnx.GraphProto) -> None:
-    """ReduceMean over height and width, keeping the axes, is GlobalAveragePool, which has an integer kernel."""
+    """ReduceMean over height and width, axes kept, is GlobalAveragePool, which has an integer kernel."""
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for index, node in enumerate(graph.node):
         if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in values:

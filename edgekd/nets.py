@@ -80,7 +80,7 @@ def count_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
 
 
 def layer_shapes(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[LayerShape, ...]:
-    """The convolutions and linear layers a network executes, for a cost model; other operators are left out."""
+    """The convolutions and linear layers a network executes, for a cost model; nothing else is listed."""
     shapes: list[LayerShape] = []
 
     def add(module: nn.Module, args: tuple[Tensor, ...], _: object) -> None:

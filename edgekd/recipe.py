@@ -20,9 +20,9 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class TeacherRecipe(_Strict):
+class TeacherRecipe(_Strict, frozen=True):
     """`source`: ``demo``, ``package.module:factory``, ``timm:NAME``, ``torchvision:NAME``,
-    ``transformers:PATH`` or a ``.onnx`` file. Empty `mean` and `std` mean: what the teacher states, else 0 and 1."""
+    ``transformers:PATH`` or a ``.onnx`` file. Empty `mean`, `std`: what the teacher states, else 0 and 1."""
 
     source: str = "demo"
     weights: str = ""
@@ -30,7 +30,7 @@ class TeacherRecipe(_Strict):
     std: tuple[float, ...] = ()
 
 
-class DataRecipe(_Strict):
+class DataRecipe(_Strict, frozen=True):
     """`source`: ``demo``, an image folder, a ``.npz`` file or a `datasets` folder saved to disk."""
 
     source: str = "demo"
@@ -41,9 +41,10 @@ class DataRecipe(_Strict):
     skip_bad: bool = False
 
 
-class BudgetRecipe(_Strict):
-    """What the student may cost. A `None` is no limit; ratios are relative to the teacher. `max_latency_ratio`
-    counts only without `max_latency_ms`, and compares predictions in the student's precision."""
+class BudgetRecipe(_Strict, frozen=True):
+    """What the student may cost. A `None` is no limit; ratios are relative to the teacher.
+    `max_latency_ratio` counts only without `max_latency_ms`, and compares predictions in the student's
+    precision."""
 
     max_latency_ms: _Positive | None = None
     max_latency_ratio: _Positive = 0.75
@@ -52,7 +53,7 @@ class BudgetRecipe(_Strict):
     max_macs_ratio: _Positive = 0.05
 
 
-class SearchRecipe(_Strict):
+class SearchRecipe(_Strict, frozen=True):
     space: str = "mobile-cnn"
     score: str = "diswot"
     teacher_state: Literal["trained", "random"] = "trained"
@@ -61,8 +62,8 @@ class SearchRecipe(_Strict):
     batch_size: Annotated[int, msgspec.Meta(ge=8)] = 64
 
 
-class DistillRecipe(_Strict):
-    """`method`: terms of `edgekd.distillers`, joined by ``+``. `views`: augmented views an image has in all."""
+class DistillRecipe(_Strict, frozen=True):
+    """`method`: terms of `edgekd.distillers`, joined by ``+``. `views`: augmented views of each image."""
 
     method: str = "dist"
     epochs: _Count = 24
@@ -73,7 +74,7 @@ class DistillRecipe(_Strict):
     views: _Count = 8
 
 
-class QuantizeRecipe(_Strict):
+class QuantizeRecipe(_Strict, frozen=True):
     """`mode`: ``card`` is ``qat``, or ``none`` on a target whose card says that int8 does not pay."""
 
     mode: Literal["card", "qat", "ptq", "none"] = "card"
@@ -83,12 +84,12 @@ class QuantizeRecipe(_Strict):
     learning_rate: _Positive = 2e-4
 
 
-class ProfileRecipe(_Strict):
+class ProfileRecipe(_Strict, frozen=True):
     threads: _Count = 1
     calls: Annotated[int, msgspec.Meta(ge=64)] = 200
 
 
-class GateRecipe(_Strict):
+class GateRecipe(_Strict, frozen=True):
     """Limits of the gate; `max_ratio` is candidate latency over reference latency on the same runtime."""
 
     max_ratio: _Positive = 1.05
@@ -101,7 +102,7 @@ class GateRecipe(_Strict):
     calls_per_round: _Count = 3
 
 
-class Recipe(_Strict):
+class Recipe(_Strict, frozen=True):
     """A whole run. Decoded strictly from TOML: an unknown key is an error."""
 
     target: str = "jetson"

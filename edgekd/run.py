@@ -42,7 +42,7 @@ class Silent:
 
 
 class Run:
-    """A run's folder and its record. A stage is skipped when its inputs, its upstream and its files are as recorded."""
+    """A run's folder and its record. A stage is skipped when inputs, upstream and files are as recorded."""
 
     def __init__(self, folder: Path, recipe: Recipe, target: Target, reporter: Reporter) -> None:
         self.folder, self.recipe, self.target, self.reporter = folder, recipe, target, reporter
@@ -101,7 +101,8 @@ class Run:
         """Run one stage unless it is up to date; its metrics go into the record, which is then written.
 
         `inputs` are the recipe's values and the digests of outside files it depends on; the stage before is
-        always one more. `artefacts` are the files it leaves, relative to the folder; a folder means all in it.
+        always one more. `artefacts` are the files it leaves, relative to the folder; a folder means all in
+        it.
         """
         position = STAGES.index(name)
         before = self.record["stages"].get(STAGES[position - 1], {}) if position else {}
@@ -155,7 +156,7 @@ class Run:
 
 
 def fingerprint(source: str) -> str:
-    """What tells whether an outside file or folder changed: contents of a file, names, sizes and times of a folder."""
+    """Tells whether an outside file or folder changed: a file's contents, a folder's names, sizes, times."""
     path = Path(source).expanduser()
     if not source:  # an empty path would mean the current folder
         return ""

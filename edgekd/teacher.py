@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -148,7 +147,8 @@ def _factory(module_name: str, attribute: str, recipe: TeacherRecipe) -> LoadedT
             ) from error
     if not isinstance(made, nn.Module):
         raise TeacherError(
-            f"teacher factory '{module_name}:{attribute}' returned {type(made).__name__}, expected torch.nn.Module"
+            f"teacher factory '{module_name}:{attribute}' returned {type(made).__name__}, "
+            "expected torch.nn.Module"
         )
     if recipe.weights:
         _load_weights(made, Path(recipe.weights))
@@ -183,7 +183,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         reason = str(error).split(".")[0]
         raise TeacherError(
             f"weights {path}: refused, the pickle holds more than tensors ({reason})",
-            "store a plain state dict: safetensors.torch.save_file(model.state_dict(), 'teacher.safetensors')",
+            "store a plain state dict: "
+            "safetensors.torch.save_file(model.state_dict(), 'teacher.safetensors')",
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise TeacherError(f"weights {path}: {error}", "the file is damaged") from error
@@ -276,7 +277,7 @@ def _onnx(path: Path) -> LoadedTeacher:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, OSError) as error:
         raise TeacherError(f"teacher {path}: not a valid ONNX model: {error}") from error
-    except Exception as error:  # noqa: BLE001 - protobuf's own error class is not public
+    except Exception as error:  # protobuf's own error class is not public
         raise TeacherError(f"teacher {path}: not an ONNX file: {error}") from error
     inputs = [i for i in model.graph.input if i.name not in {t.name for t in model.graph.initializer}]
     shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []
@@ -321,8 +322,8 @@ def check_teacher(teacher: Teacher, logits: Tensor, labels: NDArray[np.int64]) -
     chance = float(np.bincount(labels, minlength=classes).max() / len(labels))
     if right <= chance + max(3 * math.sqrt(chance * (1 - chance) / len(labels)), 0.2 * (1 - chance)):
         raise TeacherError(
-            f"the teacher '{teacher.name}' gets {100 * right:.1f} % of {len(labels)} validation images right; "
-            f"chance is {100 * chance:.1f} %",
+            f"the teacher '{teacher.name}' gets {100 * right:.1f} % of {len(labels)} validation images "
+            f"right; chance is {100 * chance:.1f} %",
             "check its weights, the class order of the data and the normalisation (--mean, --std)",
         )
     return right

@@ -107,7 +107,7 @@ class CachedTeacher:
     def of(self, view: int) -> Tensor:
         """(N, classes) logits of all samples in a view."""
         if view not in self._cache:
-            parts = torch.arange(len(self._views)).split(self._batch_size)
+            parts = torch.split(torch.arange(len(self._views)), self._batch_size)
             self._cache[view] = torch.cat([self._logits(self._views.batch(view, part)) for part in parts])
         return self._cache[view]
 
@@ -159,7 +159,7 @@ def fit(stage: Stage, progress: Progress) -> list[dict[str, float]]:
                 len(stage.labels), generator=torch.Generator().manual_seed((stage.seed << 20) + epoch)
             )
             loss_sum = 0.0
-            for number, index in enumerate(order.split(stage.batch_size)):
+            for number, index in enumerate(torch.split(order, stage.batch_size)):
                 step = epoch * steps_per_epoch + number
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * _schedule(step / total, stage.warmup_share)
@@ -246,7 +246,7 @@ def evaluate(model: nn.Module, inputs: Tensor, batch_size: int = 250) -> Tensor:
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        logits = torch.cat([model(part).float() for part in inputs.split(batch_size)])
+        logits = torch.cat([model(part).float() for part in torch.split(inputs, batch_size)])
     model.train(was_training)
     return logits.clone()
 
@@ -300,7 +300,8 @@ def probe(
 ) -> tuple[Plan, dict[str, float]]:
     """Time forward and backward of a few plans on a copy of `model`; the fastest wins.
 
-    `threads` 0 tries one thread and all that this process may use. Returns the plan and images per second of each.
+    `threads` 0 tries one thread and all that this process may use. Returns the plan, and images per second
+    of each.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = sorted({1, available}) if threads == 0 else [threads]

@@ -89,7 +89,8 @@ def main() -> None:
             schedule.step()
             average.update_parameters(model)
         if epoch % 10 == 9:
-            print(f"epoch {epoch + 1}: loss {loss.item():.4f}, {time.perf_counter() - begin:.0f} s", flush=True)
+            seconds = time.perf_counter() - begin
+            print(f"epoch {epoch + 1}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
 
     state = {k: v.detach().cpu() for k, v in average.module.state_dict().items()}
     state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
@@ -97,7 +98,8 @@ def main() -> None:
     save_file({k: v.contiguous() for k, v in state.items()}, arguments.out)
 
     stored = DemoTeacher()
-    stored.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(arguments.out).items()})
+    read = load_file(arguments.out)
+    stored.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in read.items()})
     stored.eval().to(device)
     with torch.inference_mode():
         logits = torch.cat([stored(part) for part in x_val.split(500)])

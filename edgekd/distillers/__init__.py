@@ -29,7 +29,7 @@ class Needs:
 
 
 class Term(Protocol):
-    """A transfer loss. `weight` and `hard_weight` (of the cross-entropy with labels) are the published ones."""
+    """A transfer loss. `weight` and `hard_weight` (of the cross-entropy with labels) are published values."""
 
     needs: Needs
     weight: float

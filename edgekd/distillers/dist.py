@@ -12,7 +12,8 @@ from edgekd.nets import Outputs
 def _one_minus_pearson(a: Tensor, b: Tensor) -> Tensor:
     """Mean over rows of 1 - correlation."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()
+    correlation: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
+    return (1 - correlation).mean()
 
 
 def dist_loss(
@@ -20,8 +21,8 @@ def dist_loss(
 ) -> Tensor:
     """``T^2 * (beta * (1 - rho over classes) + gamma * (1 - rho over the batch))`` of softmax(logits / T).
 
-    Logits are (N, classes). The factor T^2 follows the published code; as the correlation tends to a constant for large T, the
-    loss grows with T (rescale the weight when changing T).
+    Logits are (N, classes). The factor T^2 follows the published code; as the correlation tends to a
+    constant for large T, the loss grows with T (rescale the weight when changing T).
     """
     wide = [z if z.dtype.itemsize >= 4 else z.float() for z in (student_logits, teacher_logits.detach())]
     student, teacher = (torch.softmax(z / temperature, 1) for z in wide)

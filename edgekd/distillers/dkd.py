@@ -18,9 +18,9 @@ def dkd_loss(
     beta: float,
     temperature: float,
 ) -> Tensor:
-    """``T^2 * (alpha * KL(target vs rest) + beta * KL(among the rest))`` of (N, classes) logits; zero at identity.
+    """``T^2 * (alpha * KL(target vs rest) + beta * KL(among the rest))`` of (N, classes) logits.
 
-    The binary part works on log-probabilities, so a saturated teacher stays finite.
+    Zero at identity. The binary part works on log-probabilities, so a saturated teacher stays finite.
     """
     wide = [z if z.dtype.itemsize >= 4 else z.float() for z in (student_logits, teacher_logits.detach())]
     target = F.one_hot(labels, student_logits.shape[1]).bool()

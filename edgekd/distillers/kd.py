@@ -10,7 +10,7 @@ from edgekd.nets import Outputs
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """``T^2 * mean_n KL(softmax(teacher / T) || softmax(student / T))`` of (N, classes) logits; zero at identity."""
+    """``T^2 * mean_n KL(softmax(teacher / T) || softmax(student / T))``, (N, classes); 0 at identity."""
     student = F.log_softmax(_wide(student_logits) / temperature, 1)
     teacher = F.log_softmax(_wide(teacher_logits).detach() / temperature, 1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
@@ -22,7 +22,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 class Kd:
-    """KD with temperature 4 and weights 0.1 (labels) and 0.9, the defaults of the CRD code base (arXiv:1910.10699)."""
+    """Temperature 4, weights 0.1 (labels) and 0.9: the defaults of the CRD code base (arXiv:1910.10699)."""
 
     needs = Needs()
     weight = 0.9

@@ -15,22 +15,22 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def relation(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Similarity of sample relations: ``-||G_T - G_S||_F^2 / N^2`` of (N, ...) features; widths may differ."""
+    """Similarity of sample relations: ``-||G_T - G_S||_F^2 / N^2``; features (N, ...), widths may differ."""
     grams = [_gram(f.flatten(1).float()) for f in (student_features, teacher_features)]
     return -(grams[0] - grams[1]).square().sum() / len(student_features) ** 2
 
 
 def classifier_gradient(logits: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of the mean cross-entropy by a linear classifier's weight, (classes, D), without a backward pass.
+    """Gradient of the mean cross-entropy by a linear classifier's weight, (classes, D).
 
-    ``(softmax(z) - onehot(y))^T E / N`` equals what autograd gives.
+    ``(softmax(z) - onehot(y))^T E / N``, without a backward pass, equals what autograd gives.
     """
     residual = torch.softmax(logits.float(), 1) - F.one_hot(labels, logits.shape[1])
     return residual.T @ embedding.float() / len(logits)
 
 
 def semantic(student_gradient: Tensor, teacher_gradient: Tensor) -> Tensor:
-    """Similarity of class semantics: ``-sum_c ||E_c,T - E_c,S||^2 / (C D)`` with ``E_c = rownorm(w_c w_c^T)``.
+    """Similarity of class semantics: ``-sum_c ||E_c,T - E_c,S||^2 / (C D)``, ``E_c = rownorm(w_c w_c^T)``.
 
     Both gradients are (classes, D) of one width D.
     """
@@ -43,12 +43,13 @@ def semantic(student_gradient: Tensor, teacher_gradient: Tensor) -> Tensor:
 
 
 def to_width(embedding: Tensor, width: int) -> Tensor:
-    """A fixed random projection of (N, D) embeddings to `width` columns, which keeps inner products in the mean
-    (Johnson & Lindenstrauss); the identity when D is `width`. Our extension: the paper needs equal widths."""
+    """A fixed random projection of (N, D) embeddings to `width` columns, which keeps inner products in the
+    mean (Johnson & Lindenstrauss); the identity when D is `width`. Our extension: the paper needs equal
+    widths."""
     if embedding.shape[1] == width:
         return embedding
     generator = torch.Generator().manual_seed(embedding.shape[1])
-    projection = torch.randn(embedding.shape[1], width, generator=generator) / width**0.5
+    projection: Tensor = torch.randn(embedding.shape[1], width, generator=generator) / width**0.5
     return embedding.float() @ projection
 
 

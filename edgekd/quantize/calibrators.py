@@ -23,13 +23,13 @@ def percentile(histogram: Histogram, low: float, high: float, tail: float = 1e-4
     """All but a share `tail` of the values at each end that is not zero."""
     edges = np.linspace(low, high, len(histogram) + 1)
     cumulative = np.cumsum(histogram) / histogram.sum()
-    first = low if low >= 0 else float(edges[np.searchsorted(cumulative, tail)])
-    last = float(edges[min(np.searchsorted(cumulative, 1 - tail) + 1, len(histogram))])
+    first = low if low >= 0 else float(edges[int(np.searchsorted(cumulative, tail))])
+    last = float(edges[min(int(np.searchsorted(cumulative, 1 - tail)) + 1, len(histogram))])
     return first, max(last, first + 1e-8)
 
 
 def mse(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
-    """The share of the observed range that minimises the mean squared rounding and clipping error at 8 bits."""
+    """The share of the observed range with the least mean squared rounding and clipping error at 8 bits."""
     centres = low + (np.arange(len(histogram)) + 0.5) * (high - low) / len(histogram)
     errors = []
     for share in _SHARES:

@@ -1,4 +1,4 @@
-"""A network as a graph of ATen operators with batch norm folded: the common start of quantization and export."""
+"""A network as a graph of ATen operators with batch norm folded: where quantization and export start."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def capture(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModu
 
 
 def _fold_batch_norm(graph: fx.GraphModule) -> None:
-    """``W <- W g / sqrt(var + eps)``, ``b <- (b - mean) g / sqrt(var + eps) + beta`` (Jacob et al. 2018, eq. 14)."""
+    """``W <- W g / s``, ``b <- (b - mean) g / s + beta``, s = sqrt(var + eps) (Jacob et al. 2018, eq. 14)."""
     for node in list(graph.graph.nodes):
         if node.target is not _ATEN.batch_norm.default:
             continue

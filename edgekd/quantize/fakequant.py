@@ -260,7 +260,7 @@ def _copy(graph: fx.Graph) -> fx.Graph:
 
 @dataclass(frozen=True)
 class QuantizedParameters:
-    """What lowering needs: float weights and biases as trained, weight scales per channel, activation grids."""
+    """What lowering needs: trained float weights and biases, weight scales per channel, activation grids."""
 
     tensors: dict[str, np.ndarray]
     weight_scales: dict[str, np.ndarray]

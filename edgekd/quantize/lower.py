@@ -50,7 +50,7 @@ def lower(
     absorb a ReLU into a grid centred on 128, can then run the convolution before it in integers.
 
     Raises:
-        ParityError: a tensor or weight of the torch graph is missing in the ONNX graph, or a node count is off.
+        ParityError: the ONNX graph lacks a tensor or weight of the torch graph, or a node count is off.
     """
     model = onnx.ModelProto()
     model.CopyFrom(float_model)
@@ -128,9 +128,9 @@ def _onnx_name(name: str, sites: Sites, graph: onnx.GraphProto) -> str:
     by its parameters, anything else by its operator and the tensors it reads."""
     origin = sites.origins[name]
     if origin.operator == "input":
-        return graph.input[0].name
+        return str(graph.input[0].name)
     if origin.is_output:
-        return graph.output[0].name
+        return str(graph.output[0].name)
     if origin.parameters:
         wanted = set(origin.parameters)
         makers = [node for node in graph.node if wanted <= set(node.input)]
@@ -140,9 +140,10 @@ def _onnx_name(name: str, sites: Sites, graph: onnx.GraphProto) -> str:
         makers = [node for node in graph.node if node.op_type in kinds and read <= set(node.input)]
     if len(makers) != 1:
         raise ParityError(
-            f"the ONNX graph has {len(makers)} nodes for the tensor '{name}' ({origin.operator}) of the torch graph"
+            f"the ONNX graph has {len(makers)} nodes for the tensor '{name}' ({origin.operator}) "
+            "of the torch graph"
         )
-    return makers[0].output[0]
+    return str(makers[0].output[0])
 
 
 def _add_pair(graph: onnx.GraphProto, source: str, dequantized: str, grid: Grid, signed: bool) -> None:

@@ -148,8 +148,8 @@ def search_scatter(record: Record) -> Markup:
             radius, style, shape = max(6.5, radius), chosen[-1].style, chosen[-1].shape
         label = " = ".join(pick.label for pick in reversed(chosen))
         dots.append(Dot(*points[index], radius, style, _candidate_tooltip(candidate), label, shape))
-    x = fit_axis(title, [x for x, _ in points.values()], log=True)
-    y = fit_axis(
+    x_axis = fit_axis(title, [x for x, _ in points.values()], log=True)
+    y_axis = fit_axis(
         f"training-free score ({text(search, 'score') or 'unnamed'})", [y for _, y in points.values()]
     )
     budget = (
@@ -164,7 +164,7 @@ def search_scatter(record: Record) -> Markup:
     left_out = len(candidates) - len(points)
     note = "Dot area grows with MACs. Baselines: what the number of MACs or of parameters would have chosen."
     note += f" {left_out} candidates without a score or cost are not drawn." if left_out else ""
-    chart = Scatter(x, y, dots, "Search candidates: cost against score", limits)
+    chart = Scatter(x_axis, y_axis, dots, "Search candidates: cost against score", limits)
     return _figure("Candidates of the search", responsive(chart, FULL), legend, note)
 
 
@@ -198,7 +198,8 @@ def variant_scatter(record: Record) -> Markup:
         radius = 4 + 12 * math.sqrt((number(row, "size_mib") or 0.0) / largest)
         name = text(row, "id") or text(row, "backend") or "unnamed"
         tooltip = (
-            f"{name}\naccuracy {accuracy:.2f} %\nlatency p50 / p90 {figure.text} ({figure.kind} {figure.basis})"
+            f"{name}\naccuracy {accuracy:.2f} %\n"
+            f"latency p50 / p90 {figure.text} ({figure.kind} {figure.basis})"
             f"\nsize {facts.size(number(row, 'size_mib'))}"
         )
         dots.append(Dot(p50, accuracy, radius, f"{style} soft", tooltip, name))

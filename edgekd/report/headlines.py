@@ -59,7 +59,8 @@ def _speed_hero(record: Record) -> Markup:
     if ratio is not None:
         where = " on ".join(part for part in (text(speedup, "backend"), text(speedup, "device")) if part)
         clock = f", {text(speedup, 'clock')} clock" if text(speedup, "clock") else ""
-        gain = f"{facts.significant(ratio)}× faster than the teacher {ends} with {where or 'an unnamed runtime'}{clock}"
+        faster = f"{facts.significant(ratio)}× faster than the teacher"
+        gain = f"{faster} {ends} with {where or 'an unnamed runtime'}{clock}"
     if not first and ratio is None:
         return Markup()
     runtime = text(first, "backend") or "the target's runtime"
@@ -106,8 +107,9 @@ def verdict_section(record: Record) -> Markup:
             ),
             tag(
                 "div",
-                tag("p", "This run used the built-in demo: its own small teacher and the images shipped with the "
-                    "tool. The numbers show that the toolchain works; they say nothing about your model."),
+                tag("p", "This run used the built-in demo: its own small teacher and the images shipped with "
+                    "the tool. The numbers show that the toolchain works; they say nothing about your "
+                    "model."),
                 class_="callout",
             ) if dig(record, "demo") is True else "",
             _heroes(record),
@@ -137,7 +139,8 @@ def headline_figures(record: Record) -> list[Figure]:
         if value is not None:
             found.append(Figure(name, shown, kind, basis))
 
-    for name, key in (("accuracy of the teacher", "teacher"), ("accuracy of the student in float", "student_float"),
+    for name, key in (("accuracy of the teacher", "teacher"),
+                      ("accuracy of the student in float", "student_float"),
                       ("accuracy, quantized (simulated)", "quantize")):  # fmt: skip
         value = number(metrics, key, "accuracy")
         add(name, value, facts.percent(value), samples)

@@ -54,8 +54,8 @@ def page(record: Record) -> str:
         ),
         tag(
             "footer",
-            f"Written by edgekd {text(record, 'edgekd_version')} from record.json, which is embedded in this file as the "
-            "script element with the id 'record'. The file needs no network.",
+            f"Written by edgekd {text(record, 'edgekd_version')} from record.json, which is embedded in this "
+            "file as the script element with the id 'record'. The file needs no network.",
         ),
         embedded_json(record, "record"),
         tag("script", Markup(SCRIPT)),

@@ -70,7 +70,8 @@ def search_section(record: Record) -> Markup:
     error = number(model, "error_percent")
     measured = number(search, "latency_measured_ms")
     budget = [f"{key.replace('_', ' ')} {facts.significant(value) if value < 1e5 else facts.count(value)}"
-              for key in tables(search).get("budget", {}) if (value := number(search, "budget", key)) is not None]  # fmt: skip
+              for key in tables(search).get("budget", {})
+              if (value := number(search, "budget", key)) is not None]  # fmt: skip
     evaluated, dropped = number(search, "evaluated"), number(search, "dropped")
     described = [
         ("evaluated", f"{facts.count(evaluated)} candidates in {facts.duration(number(search, 'seconds'))}"
@@ -97,9 +98,9 @@ def training_section(record: Record) -> Markup:
     described: list[tuple[str, object]] = [
         ("distillation method", text(distill, "method")),
         ("training ran as", text(distill, "probe", "chosen")),
-        ("student", f"{facts.count(number(student, 'parameters'))} parameters, {facts.count(number(student, 'macs'))} "
-            f"MACs, {facts.size(number(student, 'size_mib'))} in float; agrees with the teacher on "
-            f"{facts.percent(number(student, 'top1_agreement'))} of the samples" if student else ""),
+        ("student", f"{facts.count(number(student, 'parameters'))} parameters, "
+            f"{facts.count(number(student, 'macs'))} MACs, {facts.size(number(student, 'size_mib'))} in "
+            f"float; agrees with the teacher on {facts.percent(number(student, 'top1_agreement'))} of the samples" if student else ""),
     ]  # fmt: skip
     return join((_pairs(described), drawing))
 
@@ -143,8 +144,9 @@ def parity_section(record: Record) -> Markup:
     ]
     teacher = number(record, "metrics", "teacher", "logits_max_abs_diff")
     note = (
-        f"Teacher: {facts.significant(teacher, 2)} between {text(record, 'metrics', 'teacher', 'runtime') or 'its runtime'}"
-        " and torch." if teacher is not None else ""
+        f"Teacher: {facts.significant(teacher, 2)} between "
+        f"{text(record, 'metrics', 'teacher', 'runtime') or 'its runtime'} and torch."
+        if teacher is not None else ""
     )  # fmt: skip
     heads = ("runtime", "max abs diff of logits", "top-1 agreement", "version", "note")
     return join((table(heads, body, numeric=(1, 2)), tag("p", note, class_="note") if note else ""))
@@ -158,12 +160,13 @@ def precision_section(record: Record) -> Markup:
         return Markup()
     ptq, qat = number(quantize, "ptq_selection_accuracy"), number(quantize, "qat_selection_accuracy")
     described: list[tuple[str, object]] = [
-        ("mode", f"{text(quantize, 'mode')}; chosen: {text(quantize, 'chosen') or 'not recorded'}" if quantize else ""),
+        ("mode", f"{text(quantize, 'mode')}; chosen: {text(quantize, 'chosen') or 'not recorded'}"
+            if quantize else ""),
         ("why", text(quantize, "reason")),
         ("dialect", text(quantize, "dialect") or text(record, "target", "dialect")),
         ("calibrator", text(quantize, "calibrator")),
-        ("selection accuracy", f"PTQ {facts.percent(ptq)}, QAT {facts.percent(qat)}" if ptq is not None or qat is not None
-            else ""),
+        ("selection accuracy", f"PTQ {facts.percent(ptq)}, QAT {facts.percent(qat)}"
+            if ptq is not None or qat is not None else ""),
     ]  # fmt: skip
     body = [
         (
@@ -196,8 +199,8 @@ def unverified_section(record: Record) -> Markup:
         return Markup()
     return join(
         (
-            tag("p", "This run used these numbers of the target card. They come from a secondary source or were derived; "
-                "check them before relying on what follows from them."),
+            tag("p", "This run used these numbers of the target card. They come from a secondary source or "
+                "were derived; check them before relying on what follows from them."),
             tag("ul", *(tag("li", tag("code", name)) for name in used)),
         )
     )  # fmt: skip
@@ -219,7 +222,8 @@ def environment_section(record: Record) -> Markup:
         ("Python", text(environment, "python")),
         ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ("data", text(data, "source")),
-        ("images", ", ".join(f"{text(data, part)} {part}" for part in ("train", "selection", "validation") if text(data, part))),
+        ("images", ", ".join(f"{text(data, part)} {part}" for part in ("train", "selection", "validation")
+            if text(data, part))),
         ("shape and classes", f"{shape}; {len(classes)} classes: {', '.join(classes)}" if classes else shape),
         ("digest of the data", text(data, "sha256")),
         ("teacher", text(record, "metrics", "teacher", "name")),

@@ -73,7 +73,8 @@ def markdown(record: Record) -> str:
     if ladder:
         n = facts.validation_count(record)
         body = [
-            [name, facts.percent(value) if value is not None else f"{facts.NONE} ({reason or facts.NO_REASON})",
+            [name,
+             facts.percent(value) if value is not None else f"{facts.NONE} ({reason or facts.NO_REASON})",
              facts.bounds(facts.accuracy_interval(record, value), 100) or facts.NONE]
             for name, value, reason in ladder
         ]  # fmt: skip
@@ -152,8 +153,8 @@ def _cell(value: object, style: str = "") -> Text:
 
 
 def _models_table(record: Record) -> Table:
-    heads = [("model", False), ("accuracy", True), ("MACs", True), ("size", True), ("latency p50", True), ("int8", True),
-             ("agree", True)]  # fmt: skip
+    heads = [("model", False), ("accuracy", True), ("MACs", True), ("size", True), ("latency p50", True),
+             ("int8", True), ("agree", True)]  # fmt: skip
     table = _rich_table("Models", heads)
     metrics = tables(record).get("metrics", {})
     for name, row in (

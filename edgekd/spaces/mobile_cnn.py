@@ -127,8 +127,9 @@ class _Classifier(nn.Module):
 
 
 class MobileCnn:
-    """The space for one input size. Genome: stem width, stem stride; per stage block kind, width, depth, kernel
-    and expansion; head width. Widths are multiples of `channel_multiple`, kernels those the card allows."""
+    """The space for one input size. Genome: stem width, stem stride; per stage block kind, width, depth,
+    kernel and expansion; head width. Widths are multiples of `channel_multiple`, kernels those the card
+    allows."""
 
     def __init__(self, spec: ModelSpec, channel_multiple: int, kernels: tuple[int, ...]) -> None:
         self._channels, height, width = spec.input_shape
@@ -193,8 +194,8 @@ class MobileCnn:
         for block in blocks:
             expansion = f", expansion {block.expansion}" if block.kind == "inverted" else ""
             lines.append(
-                f"{block.kind} {block.kernel}x{block.kernel}, {block.width_in} to {block.width_out} channels, "
-                f"stride {block.stride}{expansion}"
+                f"{block.kind} {block.kernel}x{block.kernel}, {block.width_in} to {block.width_out} "
+                f"channels, stride {block.stride}{expansion}"
             )
         return (
             *lines,
@@ -218,7 +219,7 @@ class MobileCnn:
 
 
 def _initialise(model: nn.Module, rng: torch.Generator) -> None:
-    """Kaiming normal, fan out (He et al. 2015, arXiv:1502.01852) for convolutions; 0.01 for the classifier."""
+    """Convolutions: Kaiming normal, fan out (He et al. 2015, arXiv:1502.01852); 0.01 for the classifier."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.weight.shape[0] * module.kernel_size[0] * module.kernel_size[1] / module.groups

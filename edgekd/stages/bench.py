@@ -1,4 +1,4 @@
-"""What several stages share: data, teacher, space, plan. Loaded on first use, so a resumed run stays quick."""
+"""What several stages share: data, teacher, space. Loaded on first use, so a resumed run stays quick."""
 
 from __future__ import annotations
 
@@ -153,6 +153,6 @@ class Bench:
     @cached_property
     def teacher_logits(self) -> Array:
         """(N, classes) of the teacher on the validation images."""
-        parts = [self.teacher.logits(part) for part in self.validation_inputs.split(256)]
+        parts = [self.teacher.logits(part) for part in torch.split(self.validation_inputs, 256)]
         logits: Array = torch.cat(parts).numpy()
         return logits

@@ -8,6 +8,7 @@ import numpy as np
 
 from edgekd import __version__
 from edgekd.backends import backend
+from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.bundle import Golden, VariantFile, write_bundle
 from edgekd.errors import BundleError
 from edgekd.files import sha256_json
@@ -20,7 +21,7 @@ from edgekd.stages.profile import plans_of
 from edgekd.stages.variants import Planned
 
 _GOLDEN_IMAGES = 8
-# A rebuilt kernel may round a value to the neighbouring code; logits then move by a few steps of the output grid.
+# A rebuilt kernel may round a value to the neighbouring code; logits then move by some steps of their grid.
 _TOLERANCE = {"f32": 1e-3, "bf16": 0.25, "int8": 0.5}
 
 
@@ -73,11 +74,11 @@ def _scale(outputs: Array) -> float:
 
 
 def _golden(bench: Bench, plan: Planned, inputs: Array) -> Array:
-    """Outputs of the variant's own runtime; of a file for another machine, those of the reference executor."""
+    """Outputs of the variant's own runtime; for a file of another machine, the reference executor's."""
     path = bench.run.folder / FOLDER / plan.file
     if plan.runs_here:
         return backend(plan.backend).open(path, precision=plan.precision).run(inputs)
-    return backend("onnxruntime").open(path, optimize=False).run(inputs)  # type: ignore[call-arg]
+    return OnnxRuntimeBackend().open(path, optimize=False).run(inputs)
 
 
 def _variant(bench: Bench, plan: Planned, row: dict[str, Any]) -> VariantFile:

@@ -1,4 +1,4 @@
-"""Stage 5: float ONNX, and one QDQ file for each dialect that a runtime of this run or of the target needs."""
+"""Stage 5: float ONNX, and one QDQ file for each dialect that a runtime of this run or target needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from edgekd import export
-from edgekd.backends import backend
+from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import ParityError
 from edgekd.quantize.lower import lower
 from edgekd.stages.bench import Bench
@@ -30,7 +30,7 @@ def run(bench: Bench) -> dict[str, Any]:
     float_model = export.to_onnx(bench.captured, bench.spec)
     export.save(float_model, folder / "float.onnx")
     inputs = bench.validation_inputs
-    logits = {"float": evaluate(bench.captured, inputs).numpy()}
+    logits: dict[str, Any] = {"float": evaluate(bench.captured, inputs).numpy()}
     report = {"float.onnx": _check(folder / "float.onnx", inputs.numpy(), logits["float"], 1e-3, 0.999)}
     if quantize_mode(bench) != "none":
         parameters, sites, scheme = load_quantized(bench.run.folder / FILE)
@@ -59,7 +59,7 @@ def _check(
     Raises:
         ParityError: it computes something else.
     """
-    session = backend("onnxruntime").open(path, optimize=False)  # type: ignore[call-arg]
+    session = OnnxRuntimeBackend().open(path, optimize=False)
     got = np.concatenate([session.run(part) for part in np.array_split(inputs, max(1, len(inputs) // 256))])
     difference = float(np.abs(got - exact).max())
     agreed = top1_agreement(got, exact)

@@ -41,8 +41,10 @@ def input_shape(model: Path) -> tuple[int, int, int]:
 def profile_files(
     models: tuple[Path, ...], backends: tuple[str, ...], precision: str, threads: int, calls: int
 ) -> dict[str, Any]:
-    """Latency and coverage of each file on each runtime, all measured interleaved; files share one input shape."""
-    names = {f"{name}:{model.name}": (name, model) for name in backends for model in models}
+    """Latency and coverage of each file on each runtime, measured interleaved; all share one input shape."""
+    alike = len({model.name for model in models}) < len(models)
+    shown = {model: str(model) if alike else model.name for model in models}
+    names = {f"{name}:{shown[model]}": (name, model) for name in backends for model in models}
     found: dict[str, Any] = {}
     variants = []
     for key, (name, model) in names.items():
@@ -63,15 +65,7 @@ def profile_files(
 
 
 def gate_files(
-    candidate: Path,
-    reference: Path,
-    *,
-    backend: str,
-    max_ratio: float,
-    restarts: int,
-    max_restarts: int,
-    threads: int,
-    seed: int,
+    candidate: Path, reference: Path, limits: LatencyLimits, *, backend: str, threads: int
 ) -> dict[str, Any]:
     """Latency verdict of two ONNX files on one runtime (docs/gate.md)."""
     paths = {"ref": reference, "aa": reference, "cand": candidate}
@@ -84,18 +78,15 @@ def gate_files(
         )
         return LatencySession(*(np.median(np.asarray(done.variants[v].cpu_ms), axis=1) for v in paths))
 
-    limits = LatencyLimits(
-        max_ratio=max_ratio, restarts=restarts, max_restarts=max(restarts, max_restarts), seed=seed
-    )
     return asdict(run_latency_gate(session, limits)) | {
         "clock": "cpu",
         "backend": backend,
-        "limit": max_ratio,
+        "limit": limits.max_ratio,
     }
 
 
 def examine() -> dict[str, Any]:
-    """Runtimes with version, device and precisions, or the reason why one is missing; targets that are this machine."""
+    """Runtimes with version, device and precisions, or why one is missing; targets that are this machine."""
     found: dict[str, Any] = {}
     for name in backend_names():
         try:

@@ -12,6 +12,7 @@ from edgekd.gate import (
     LatencyLimits,
     LatencySession,
     LatencyVerdict,
+    Verdict,
     accuracy_check,
     coverage_check,
     latency_verdict,
@@ -69,8 +70,8 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def shipped_plan(bench: Bench) -> Planned:
-    """The fastest variant measured here among those faithful to their torch model and within the allowed drop;
-    int8 ships only where it pays."""
+    """The fastest variant measured here among those faithful to their torch model and within the allowed
+    drop; int8 ships only where it pays."""
     rows = _rows(bench)
     best = bench.run.record["metrics"]["student_float"]["accuracy"]
     drop = bench.recipe.gate.max_quantization_drop_points / 100
@@ -123,7 +124,7 @@ def _runtime_checks(bench: Bench) -> list[Check]:
         row = rows[plan.id]
         if plan.on_device_build:
             build = row.get("build")
-            verdict = (
+            verdict: Verdict = (
                 "NOT_MEASURED" if build is None or build["ok"] is None else "PASS" if build["ok"] else "FAIL"
             )
             checks.append(Check(f"{plan.id} compiles", None, None, None, verdict, "", row["reason"]))
@@ -151,7 +152,7 @@ def _reference(bench: Bench, shipped: Planned) -> Planned:
 
 
 def _latency(bench: Bench, shipped: Planned, sessions: list[SessionResult]) -> LatencyVerdict | None:
-    """Shipped variant over float student on the same runtime, interleaved with an A/A control and the teacher."""
+    """Shipped variant over float student on one runtime, interleaved with an A/A control and the teacher."""
     recipe, folder = bench.recipe.gate, bench.run.folder
     reference = _reference(bench, shipped)
     path = str((folder / FOLDER / reference.file).resolve())

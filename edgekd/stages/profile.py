@@ -26,7 +26,7 @@ def run(bench: Bench) -> dict[str, Any]:
     reference = np.load(bench.run.folder / FOLDER / "reference.npz")
     plans = plans_of(bench)
     rows: dict[str, dict[str, Any]] = {}
-    logits: dict[str, Array] = {}
+    logits: dict[str, Any] = {}  # arrays
     coverages: dict[str, Coverage] = {}
     for number, plan in enumerate(plans):
         bench.run.reporter.step("profile variants", number, len(plans) + 1)
@@ -55,7 +55,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "int8_coverage_macs": coverages[plan.id].int8_macs,
         }
     _time(bench, [plan for plan in plans if plan.id in coverages], rows)
-    np.savez(bench.run.folder / FOLDER / LOGITS, **logits)  # type: ignore[arg-type]
+    np.savez(bench.run.folder / FOLDER / LOGITS, **logits)
     bench.run.reporter.step("profile variants", len(plans) + 1, len(plans) + 1)
     return {"variants": list(rows.values()), "backends": _by_backend(bench, plans, rows, coverages)}
 
@@ -112,13 +112,12 @@ def _prove(bench: Bench, plan: Planned) -> dict[str, Any]:
     except (MissingExtraError, BackendError) as error:
         return {"reason": f"not compiled: {error.message}", "build": None}
     if proof.ok:
+        built = proof.compute_capability_built
+        wanted = f"SM{bench.run.target.compute_capability.replace('.', '')}"
         stand_in = (
-            f"; {proof.compute_capability_built} stands in for SM{bench.run.target.compute_capability.replace('.', '')},"
-            " which that package does not know"
-            if proof.substituted
-            else ""
+            f"; {built} stands in for {wanted}, which that package does not know" if proof.substituted else ""
         )
-        reason = f"compiled, not executed: {proof.runtime} built an engine for {proof.compute_capability_built}{stand_in}"
+        reason = f"compiled, not executed: {proof.runtime} built an engine for {built}{stand_in}"
     else:
         reason = f"not compiled: {proof.message}"
     return {"reason": reason, "version": proof.runtime, "build": asdict(proof)}
@@ -156,7 +155,7 @@ def _by_backend(
         run_here = [plan for plan in mine if plan.id in coverages] or mine
         if not run_here:
             reason = f"target '{bench.run.target.id}' does not use {name}"
-            found[name] = {key: None for key in _empty_row(bench, plans[0])} | {
+            found[name] = dict.fromkeys(_empty_row(bench, plans[0])) | {
                 "backend": name,
                 "reason": reason,
             }

@@ -106,7 +106,7 @@ def _calibration_batches(bench: Bench) -> list[torch.Tensor]:
     rounds = [part[i] for i in range(max(map(len, by_class))) for part in by_class if i < len(part)]
     index = bench.split[0][torch.stack(rounds[:count])]
     images = to_tensor(bench.data.train_images[index.numpy()])
-    return list(normalise(images, bench.spec.preprocessing).split(128))
+    return list(torch.split(normalise(images, bench.spec.preprocessing), 128))
 
 
 def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[dict[str, float]]]:

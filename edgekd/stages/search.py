@@ -75,7 +75,7 @@ def quantize_mode(bench: Bench) -> str:
 
 
 def _limits(bench: Bench, model: CostModel) -> Limits:
-    """The budget; without a latency of its own, a share of what the teacher would take in the same precision."""
+    """The budget; without a latency of its own, a share of what the teacher would take in that precision."""
     budget, teacher = bench.recipe.budget, bench.teacher
     teacher_macs = teacher.macs
     latency_ms = budget.max_latency_ms

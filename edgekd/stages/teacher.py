@@ -32,7 +32,7 @@ def run(bench: Bench) -> dict[str, Any]:
     }
     write_json(bench.run.folder / "1-teacher.json", metrics)
     bench.run.reporter.say(
-        f"  teacher {teacher.name}: {100 * accuracy:.2f} % of {len(data.validation_labels)} validation images; "
-        f"its logits come from {teacher.runtime}"
+        f"  teacher {teacher.name}: {100 * accuracy:.2f} % of {len(data.validation_labels)} validation "
+        f"images; its logits come from {teacher.runtime}"
     )
     return metrics

@@ -36,7 +36,8 @@ def _candidates(rng: random.Random) -> list[dict[str, Any]]:
 def _layers(slow: float, fallbacks: tuple[int, ...], timed: bool = True) -> list[dict[str, Any]]:
     rng, found = random.Random(5), []
     for index in range(26):
-        op = ("Conv", "DepthwiseConv", "Add")[index % 3] if index < 24 else ("GlobalAveragePool", "Gemm")[index - 24]
+        ops = ("Conv", "DepthwiseConv", "Add") if index < 24 else ("GlobalAveragePool", "Gemm")
+        op = ops[index % len(ops)]
         macs = {"Conv": 90_000, "DepthwiseConv": 21_000, "Add": 0, "Gemm": 640}.get(op, 0)
         fell = index in fallbacks
         milliseconds = slow * (0.0006 + macs / 3.2e7) * rng.uniform(0.8, 1.3) * (3.4 if fell else 1)
@@ -125,7 +126,9 @@ def _history(epochs: int, loss: float, accuracy: float, rate: float) -> list[dic
 
 
 def _gate() -> dict[str, Any]:
-    def check(name: str, measured: float | None, unit: str, limit: float | None, **more: Any) -> dict[str, Any]:
+    def check(
+        name: str, measured: float | None, unit: str, limit: float | None, **more: Any
+    ) -> dict[str, Any]:
         return {"name": name, "measured": measured, "unit": unit, "limit": limit, "interval": None,
                 "verdict": "PASS", "note": "", **more}  # fmt: skip
 
@@ -134,7 +137,8 @@ def _gate() -> dict[str, Any]:
             check("accuracy drop", 0.13, "points", 1.0, interval=[-0.18, 0.44],
                   note="quantized against float student, paired over 3000 samples"),
             check("accuracy drop against the teacher", 0.93, "points", 3.0, interval=[0.21, 1.65]),
-            check("latency ratio", 0.551, "×", 1.05, interval=[0.538, 0.566], note="OpenVINO int8 against float"),
+            check("latency ratio", 0.551, "×", 1.05, interval=[0.538, 0.566],
+                  note="OpenVINO int8 against float"),
             check("parity, top-1 agreement", 0.9953, "", 0.98),
             check("size", 0.0584, "MiB", 1.0),
             check("latency on the target", None, "ms", 5.0, verdict="NOT_MEASURED", note=NO_GPU),
@@ -155,7 +159,9 @@ def _search(rng: random.Random) -> dict[str, Any]:
         "evaluated": 240,
         "dropped": 3,
         "seconds": 21.4,
-        "cost_model": {"kind": "layer-table", "device": CPU, "error_percent": 9.0, "note": "fitted on 8 networks"},
+        "cost_model": {
+            "kind": "layer-table", "device": CPU, "error_percent": 9.0, "note": "fitted on 8 networks",
+        },
         "budget": {"max_latency_ms": 0.14, "max_size_mib": 0.25, "max_macs": None},
         "candidates": candidates,
         "chosen": max(allowed, key=lambda i: candidates[i]["score"]),
@@ -236,7 +242,9 @@ def full_record() -> dict[str, Any]:
         },
         "distill": {
             "method": "dist",
-            "probe": {"chosen": "f32 channels-last, 1 thread", "images_per_second": {"f32": 900.0, "bf16": 1100.0}},
+            "probe": {
+                "chosen": "f32 channels-last, 1 thread", "images_per_second": {"f32": 900.0, "bf16": 1100.0},
+            },
             "history": _history(24, 1.31, 0.921, 3e-3),
         },
         "quantize": {
