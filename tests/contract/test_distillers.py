@@ -78,7 +78,9 @@ def test_positive_when_they_do_not(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_given_twice_has_the_same_loss(name: str) -> None:
     once = loss(terms(name)[0], student_logits(), teacher_logits())
-    twice = loss(terms(name)[0], student_logits().repeat(2, 1), teacher_logits().repeat(2, 1), LABELS.repeat(2))
+    twice = loss(
+        terms(name)[0], student_logits().repeat(2, 1), teacher_logits().repeat(2, 1), LABELS.repeat(2)
+    )
     assert float(twice) == pytest.approx(float(once), rel=1e-6)
 
 
@@ -156,13 +158,16 @@ def test_kd_tends_to_matching_centred_logits() -> None:
     student, teacher = student_logits(), teacher_logits()
     gap = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
     limit = float(gap.square().sum(1).mean()) / (2 * 6)
-    assert float(loss(with_options("kd", temperature=300.0), student, teacher)) == pytest.approx(limit, rel=1e-2)
+    assert float(loss(with_options("kd", temperature=300.0), student, teacher)) == pytest.approx(
+        limit, rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("name", ["kd", "lskd", "dkd"])
 def test_the_squared_temperature_keeps_the_loss_at_scale(name: str) -> None:
     losses = [
-        float(loss(with_options(name, temperature=t), student_logits(), teacher_logits())) for t in (300.0, 600.0)
+        float(loss(with_options(name, temperature=t), student_logits(), teacher_logits()))
+        for t in (300.0, 600.0)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert losses[0] > 1e-3
@@ -171,7 +176,9 @@ def test_the_squared_temperature_keeps_the_loss_at_scale(name: str) -> None:
 def test_lskd_ignores_scale_and_shift_of_the_student() -> None:
     term = terms("lskd")[0]
     exact = loss(term, student_logits(), teacher_logits())
-    assert float(loss(term, 7 * student_logits() - 3, teacher_logits())) == pytest.approx(float(exact), rel=1e-6)
+    assert float(loss(term, 7 * student_logits() - 3, teacher_logits())) == pytest.approx(
+        float(exact), rel=1e-6
+    )
 
 
 def test_dkd_with_the_weights_of_kd_is_kd() -> None:
