@@ -100,7 +100,8 @@ def training_section(record: Record) -> Markup:
         ("training ran as", text(distill, "probe", "chosen")),
         ("student", f"{facts.count(number(student, 'parameters'))} parameters, "
             f"{facts.count(number(student, 'macs'))} MACs, {facts.size(number(student, 'size_mib'))} in "
-            f"float; agrees with the teacher on {facts.percent(number(student, 'top1_agreement'))} of the samples" if student else ""),
+            "float; agrees with the teacher on "
+            f"{facts.percent(number(student, 'top1_agreement'))} of the samples" if student else ""),
     ]  # fmt: skip
     return join((_pairs(described), drawing))
 
