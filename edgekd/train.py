@@ -223,7 +223,7 @@ def _step(
     for term in stage.terms:
         loss = loss + term.weight * term(student, teacher, labels, epoch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return float(loss.detach())
 

@@ -27,7 +27,10 @@ MEAN, STD = 0.2860, 0.3530  # of the training pixels, after division by 255
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """Random shift by up to two pixels, horizontal flip, and an erased 8x8 patch in half of the images."""
     n = len(x)
-    rand = lambda high: torch.randint(0, high, (n,), generator=generator)  # noqa: E731
+
+    def rand(high: int) -> Tensor:
+        return torch.randint(0, high, (n,), generator=generator)
+
     shift_y, shift_x, flip = rand(5), rand(5), rand(2)
     erase, top, left = rand(2), rand(28), rand(28)
     shift_y, shift_x, flip, erase, top, left = (
@@ -66,7 +69,8 @@ def main() -> None:
     x_val = ((x_val.float() / 255 - MEAN) / STD)[:, None]
     y, y_val = y.long(), y_val.long()
 
-    model = DemoTeacher().to(device).to(memory_format=torch.channels_last)
+    model = DemoTeacher().to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stub lacks this form
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
     )

@@ -50,8 +50,12 @@ class _Graph:
         """Q/DQ behind a tensor; u8 has zero point 128 for signed values and 0 after a Relu."""
         if self.activations == "float":
             return tensor
-        zero = np.uint8(128 * signed) if self.activations == "u8" else np.int8(self.zero_point)
-        grid = [self.constant(f"{tensor}_s", np.float32(0.03)), self.constant(f"{tensor}_z", zero)]
+        unsigned = self.activations == "u8"
+        zero = np.array(128 * signed, np.uint8) if unsigned else np.array(self.zero_point, np.int8)
+        grid = [
+            self.constant(f"{tensor}_s", np.array(0.03, np.float32)),
+            self.constant(f"{tensor}_z", zero),
+        ]
         out = out or f"{tensor}_dq"
         self.nodes.append(helper.make_node("QuantizeLinear", [tensor, *grid], [f"{tensor}_q"]))
         self.nodes.append(helper.make_node("DequantizeLinear", [f"{tensor}_q", *grid], [out]))

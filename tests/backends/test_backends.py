@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,8 @@ def test_a_fixed_batch_takes_only_that_batch(name: str, models: Models) -> None:
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_wrong_images_are_a_backend_error(name: str, models: Models) -> None:
     session = backend(name).open(models())
-    for wrong in (images(1)[:, :2], images(1).astype(np.float64)):
+    wrongs: tuple[Any, ...] = (images(1)[:, :2], images(1).astype(np.float64))
+    for wrong in wrongs:
         with pytest.raises(BackendError, match=name):
             session.run(wrong)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_the_stated_layers_are_those_that_run_in_their_order(name: str) -> None:
     for genome in genomes(space, 3):
         ran: list[tuple[int, int, int, int, int, int]] = []
 
-        def note(module: nn.Module, args: tuple[Tensor], _: object, ran: list = ran) -> None:
+        def note(module: nn.Module, args: tuple[Tensor], _: object, ran: list[Any] = ran) -> None:
             if isinstance(module, nn.Conv2d):
                 kernel, stride = module.kernel_size[0], module.stride[0]
                 shape = (module.in_channels, module.out_channels, kernel, stride, module.groups)

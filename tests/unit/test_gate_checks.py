@@ -69,6 +69,7 @@ def test_accuracy_verdicts(table: tuple[int, int, int, int], verdict: str) -> No
     assert check.verdict == verdict
     assert check.measured == pytest.approx(100 * (table[1] - table[2]) / n)
     assert check.interval is not None
+    assert check.measured is not None
     assert check.interval[0] <= check.measured <= check.interval[1]
     assert str(n) in check.note
 
