@@ -19,6 +19,8 @@ from edgekd.tasks.classification import top1_agreement
 from edgekd.train import evaluate
 
 FOLDER = "5-export"
+# A value that two executors round to neighbouring codes moves logits by far less; a wrong scale by far more.
+_MAX_MEAN_SHARE = 0.01
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -56,19 +58,25 @@ def _check(
 ) -> dict[str, Any]:
     """The file, run without graph optimisation, against the torch model it came from.
 
+    One sample may always differ: on a small validation set it is more than the allowed share.
+
     Raises:
         ParityError: it computes something else.
     """
     session = OnnxRuntimeBackend().open(path, optimize=False)
     got = np.concatenate([session.run(part) for part in np.array_split(inputs, max(1, len(inputs) // 256))])
     difference = float(np.abs(got - exact).max())
+    average = float(np.abs(got - exact).mean() / max(float(np.ptp(exact)), 1e-9))
     agreed = top1_agreement(got, exact)
-    if agreed < agreement or (
-        max_abs is not None and difference > max_abs * max(1.0, float(np.abs(exact).max()))
+    if (
+        agreed < min(agreement, 1 - 1 / len(exact))
+        or average > _MAX_MEAN_SHARE
+        or (max_abs is not None and difference > max_abs * max(1.0, float(np.abs(exact).max())))
     ):
         raise ParityError(
             f"{path.name} does not compute what the torch model computes: top-1 agreement {agreed:.4f} "
-            f"(at least {agreement}), largest difference {difference:.3g}",
+            f"(at least {agreement}), largest difference {difference:.3g}, mean difference "
+            f"{100 * average:.2f} % of the logits' range (at most {100 * _MAX_MEAN_SHARE:g} %)",
             "please report this with the run's folder",
         )
     return {"top1_agreement": agreed, "max_abs_diff": difference, "size_mib": path.stat().st_size / 2**20}
