@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from edgekd import __version__
-from edgekd.errors import EXIT_GATE, EXIT_INTERRUPTED, EdgekdError
+from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
 
 _STAGE_HELP = {
     "search": "Search a student for a target, without training.",
@@ -343,6 +344,10 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nedgekd: interrupted; the same command continues where it stopped", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except Exception as error:  # Python would leave with 1, which means that the gate failed
+        traceback.print_exc()
+        click.echo("edgekd: this is an error in edgekd, please report it with the lines above", err=True)
+        raise SystemExit(EXIT_INTERNAL) from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One exception tree; every leaf is something a user can act on, with its own exit code.
 
 The codes are documented in ``docs/exit-codes.md``; 0 is success, 1 a failed gate, 2 wrong usage,
-3 an inconclusive gate and 75 an unusable measurement.
+3 an inconclusive gate, 70 an error in edgekd itself and 75 an unusable measurement.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_GATE = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3, "UNUSABLE": 75}
+EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 
 
 class EdgekdError(Exception):
     """What went wrong and where (``message``), and what to do next (``hint``)."""
 
-    exit_code = 70
+    exit_code = EXIT_INTERNAL
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
