@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -288,7 +289,7 @@ def load_checkpoint(path: Path | None) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise StorageError(
             f"cannot read the checkpoint {path}: {error}", "delete it to train again"
         ) from error

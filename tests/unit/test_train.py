@@ -1,0 +1,328 @@
+"""One training loop: resumable to the bit, honest about failure, and fed with views that never change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import CLASSES, SIZE, shapes
+from torch import Tensor, nn
+
+from edgekd.distillers import terms
+from edgekd.errors import StorageError, TrainingDivergedError
+from edgekd.spec import Preprocessing
+from edgekd.tasks.classification import normalise
+from edgekd.train import CachedTeacher, Plan, Stage, Views, _schedule, evaluate, fit, load_checkpoint, probe
+
+PREPROCESSING = Preprocessing(SIZE, SIZE, "grey", (0.1,), (0.3,))
+PLANS = {
+    "f32": Plan(1, False, False),
+    "f32 channels-last": Plan(1, False, True),
+    "bf16": Plan(1, True, True),
+}
+IMAGES, LABELS = (torch.from_numpy(part) for part in shapes(64, 3))
+PIXELS = IMAGES[:, None]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, len(CLASSES)),
+    )  # fmt: skip
+
+
+def views(count: int = 2, augment: str = "crop-flip", seed: int = 0) -> Views:
+    return Views(PIXELS, PREPROCESSING, augment, count, seed)
+
+
+def teacher(inputs: Tensor) -> Tensor:
+    """Any fixed function of the pixels will do."""
+    return torch.stack([inputs[:, 0, row].sum(1) for row in (2, 6, 9, 13)], 1)
+
+
+def stage(checkpoint: Path | None = None, **changes: Any) -> Stage:
+    seen = changes.pop("views", None) or views()
+    options: dict[str, Any] = {
+        "name": "distill",
+        "model": model(),
+        "views": seen,
+        "labels": LABELS,
+        "teacher": CachedTeacher(changes.pop("logits", teacher), seen),
+        "terms": terms("kd"),
+        "epochs": 4,
+        "batch_size": 24,
+        "learning_rate": 1e-2,
+        "weight_decay": 1e-2,
+        "ema_decay": 0.9,
+        "seed": 0,
+        "plan": PLANS["f32"],
+        "checkpoint": checkpoint,
+    }
+    return Stage(**(options | changes))
+
+
+def nothing(what: str, done: int, total: int) -> None: ...
+
+
+class _Killed(Exception):  # noqa: N818 - stands for a signal
+    """Stands for a process that dies."""
+
+
+def killed_at(step: int) -> Callable[[str, int, int], None]:
+    def progress(what: str, done: int, total: int) -> None:
+        if done == step:
+            raise _Killed
+
+    return progress
+
+
+def without_time(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+# ---------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("step", [1, 6, 8, 11])
+def test_a_killed_training_ends_with_the_same_bits(plan: str, step: int, tmp_path: Path) -> None:
+    """64 images in batches of 24 are three steps an epoch; steps count from 1."""
+    straight = stage(plan=PLANS[plan])
+    history = fit(straight, nothing)
+    with pytest.raises(_Killed):
+        fit(stage(tmp_path / "c.pt", plan=PLANS[plan]), killed_at(step))
+    stored = load_checkpoint(tmp_path / "c.pt")
+    assert (0 if stored is None else len(stored["history"])) == (step - 1) // 3
+    resumed = stage(tmp_path / "c.pt", plan=PLANS[plan])
+    again = fit(resumed, nothing)
+    assert without_time(again) == without_time(history)
+    for (name, ours), theirs in zip(
+        resumed.model.state_dict().items(), straight.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    first = stage(tmp_path / "c.pt")
+    fit(first, nothing)
+    steps: list[int] = []
+    again = stage(tmp_path / "c.pt")
+    fit(again, lambda what, done, total: steps.append(done))
+    assert not steps
+    assert torch.equal(again.model[0].weight, first.model[0].weight)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
+def test_a_damaged_checkpoint_is_named(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / "c.pt").write_bytes(damage)
+    with pytest.raises(StorageError) as caught:
+        load_checkpoint(tmp_path / "c.pt")
+    assert str(tmp_path / "c.pt") in caught.value.message
+    assert "delete it" in caught.value.hint
+
+
+def test_a_cut_off_checkpoint_is_named(tmp_path: Path) -> None:
+    fit(stage(tmp_path / "c.pt", epochs=1), nothing)
+    whole = (tmp_path / "c.pt").read_bytes()
+    (tmp_path / "c.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StorageError):
+        load_checkpoint(tmp_path / "c.pt")
+
+
+def test_the_result_depends_on_the_seed(tmp_path: Path) -> None:
+    made = [stage(seed=seed) for seed in (0, 0, 1)]
+    for each in made:
+        fit(each, nothing)
+    weights = [each.model[0].weight for each in made]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+# ---------------------------------------------------------------- divergence
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def breaks_in_the_second_view(inputs: Tensor) -> Tensor:
+        calls.append(1)
+        return teacher(inputs) * (math.nan if len(calls) > 1 else 1.0)
+
+    with pytest.raises(TrainingDivergedError) as caught:
+        fit(stage(tmp_path / "c.pt", logits=breaks_in_the_second_view), nothing)
+    assert "distill: the loss became nan at step 4 (epoch 2)" in caught.value.message
+    assert "--set distill.learning_rate=" in caught.value.hint
+    assert caught.value.exit_code == 17
+    stored = load_checkpoint(tmp_path / "c.pt")
+    assert stored is not None
+    assert len(stored["history"]) == 1
+    assert all(torch.isfinite(value).all() for value in stored["model"].values())
+
+
+# ---------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_step_runs_with_the_weights_of_the_step_before(plan: str) -> None:
+    """All images in one batch and one view: an epoch is a step, and the losses follow the weights. Autocast
+    caches its casts of the weights; a cache that outlives its step would repeat the first loss."""
+    changes = {"views": views(augment="none"), "batch_size": 64, "epochs": 6, "plan": PLANS[plan]}
+    losses = [row["loss"] for row in fit(stage(**changes), nothing)]
+    assert len(set(losses)) == 6
+    assert losses[-1] < losses[0] * 0.99
+    exact = [row["loss"] for row in fit(stage(**(changes | {"plan": PLANS["f32"]})), nothing)]
+    assert losses == pytest.approx(exact, rel=0.03)
+
+
+def test_the_model_ends_averaged_in_evaluation_mode_and_contiguous() -> None:
+    made = stage(plan=PLANS["f32 channels-last"])
+    fit(made, nothing)
+    assert not made.model.training
+    assert all(parameter.is_contiguous() for parameter in made.model.parameters())
+
+
+def test_without_averaging_the_last_weights_stay() -> None:
+    """A decay of zero follows the weights at once; a large one stays near the start."""
+    start = model()[0].weight.detach()
+    moved = []
+    for decay in (0.0, 0.9999):
+        made = stage(ema_decay=decay, epochs=8)
+        fit(made, nothing)
+        moved.append(float((made.model[0].weight.detach() - start).norm()))
+    assert moved[0] > moved[1] > 0
+
+
+def test_each_epoch_leaves_a_row_with_its_accuracy_on_held_out_images() -> None:
+    held_out = (normalise(PIXELS[:16], PREPROCESSING), LABELS[:16])
+    history = fit(stage(selection=held_out, epochs=2), nothing)
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert all(0 <= row["selection_accuracy"] <= 1 for row in history)
+    assert all(math.isfinite(row["loss"]) and row["seconds"] > 0 for row in history)
+
+
+def test_progress_counts_all_steps() -> None:
+    seen: list[tuple[str, int, int]] = []
+    fit(stage(epochs=2), lambda what, done, total: seen.append((what, done, total)))
+    assert seen == [("distill", step, 6) for step in range(1, 7)]
+
+
+def test_weight_decay_spares_vectors() -> None:
+    from edgekd.train import _optimizer
+
+    for group in _optimizer(stage()).param_groups:
+        for parameter in group["params"]:
+            assert (parameter.dim() > 1) == (group["weight_decay"] > 0)
+
+
+def test_the_rate_warms_up_and_ends_at_zero() -> None:
+    rates = [_schedule(step / 100, 0.1) for step in range(101)]
+    assert rates[0] == pytest.approx(0.05)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_plan_restores_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    with Plan(threads=2).active():
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == before
+
+
+def test_the_probe_measures_every_plan_and_takes_the_fastest() -> None:
+    trial = model()
+    before = [parameter.clone() for parameter in trial.parameters()]
+    plan, rates = probe(trial, normalise(PIXELS[:8], PREPROCESSING), 1, seconds=0.0)
+    assert rates[str(plan)] == max(rates.values())
+    assert len(rates) == 3
+    assert all(torch.equal(old, new) for old, new in zip(before, trial.parameters(), strict=True))
+    _, exact = probe(trial, normalise(PIXELS[:8], PREPROCESSING), 1, allow_bfloat16=False, seconds=0.0)
+    assert not [name for name in exact if "bf16" in name]
+
+
+def test_evaluation_leaves_the_mode_alone() -> None:
+    made = model().train()
+    logits = evaluate(made, normalise(PIXELS, PREPROCESSING), batch_size=10)
+    assert made.training
+    assert logits.shape == (64, len(CLASSES))
+    torch.testing.assert_close(logits, evaluate(made.eval(), normalise(PIXELS, PREPROCESSING)))
+
+
+# ---------------------------------------------------------------- views
+
+
+@pytest.mark.parametrize("augment", ["crop-flip", "crop", "none"])
+def test_a_view_always_shows_the_same_pixels(augment: str) -> None:
+    index = torch.tensor([5, 1, 40])
+    first, again = (views(3, augment).batch(0, index) for _ in range(2))
+    assert torch.equal(first, again)
+    whole = views(3, augment).batch(0, torch.arange(64))
+    assert torch.equal(whole[index], first)
+
+
+def test_views_differ_from_each_other_and_by_seed() -> None:
+    index = torch.arange(64)
+    assert not torch.equal(views().batch(0, index), views().batch(1, index))
+    assert not torch.equal(views(seed=0).batch(0, index), views(seed=1).batch(0, index))
+
+
+def test_without_augmentation_there_is_one_view_of_the_plain_pixels() -> None:
+    plain = views(8, "none")
+    assert plain.count == 1
+    assert torch.equal(plain.batch(0, torch.arange(64)), normalise(PIXELS, PREPROCESSING))
+
+
+def test_crops_move_by_a_sixteenth_and_never_flip() -> None:
+    single = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.uint8)
+    single[0, 0, 8, 3] = 255
+    places = set()
+    for view in range(40):
+        shown = Views(single, PREPROCESSING, "crop", 40, 0).batch(view, torch.tensor([0]))[0, 0]
+        places.add(divmod(int(shown.argmax()), SIZE))
+    assert places == {(8 + y, 3 + x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+
+
+def test_flips_mirror_left_and_right() -> None:
+    single = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.uint8)
+    single[0, 0, 8, 3] = 255
+    columns = set()
+    for view in range(40):
+        shown = Views(single, PREPROCESSING, "crop-flip", 40, 0).batch(view, torch.tensor([0]))[0, 0]
+        columns.add(int(shown.argmax()) % SIZE)
+    assert columns == {2, 3, 4, 11, 12, 13}
+
+
+def test_pixels_outside_are_black_after_normalisation() -> None:
+    white = torch.full((1, 1, SIZE, SIZE), 255, dtype=torch.uint8)
+    shown = [Views(white, PREPROCESSING, "crop", 40, 0).batch(view, torch.tensor([0])) for view in range(40)]
+    assert {round(float(value), 4) for value in torch.cat(shown).unique()} == {
+        round((0 - 0.1) / 0.3, 4), round((1 - 0.1) / 0.3, 4)
+    }  # fmt: skip
+
+
+def test_cached_logits_are_those_of_the_view() -> None:
+    seen = views(3)
+    cached = CachedTeacher(teacher, seen, batch_size=10)
+    for view in range(3):
+        torch.testing.assert_close(cached.of(view), teacher(seen.batch(view, torch.arange(64))))
+    index = torch.tensor([7, 3])
+    torch.testing.assert_close(cached.of(1)[index], teacher(seen.batch(1, index)))
+
+
+def test_the_teacher_sees_each_view_once() -> None:
+    batches: list[int] = []
+
+    def counting(inputs: Tensor) -> Tensor:
+        batches.append(len(inputs))
+        return teacher(inputs)
+
+    fit(stage(logits=counting, epochs=6), nothing)
+    assert sum(batches) == 2 * 64
