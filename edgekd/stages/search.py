@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edgekd.cost import CostModel, cost_model
-from edgekd.files import write_json
+from edgekd.files import sha256_json, write_json
 from edgekd.nets import Outputs, count_parameters, layer_shapes, tapped_forward
 from edgekd.proxies import proxy
 from edgekd.search import Candidate, Found, Genome, Limits, search
@@ -178,9 +178,10 @@ def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
 
 
 def _search_key(bench: Bench) -> str:
-    return str(bench.run.record["stages"]["teacher"]["inputs_sha256"]) + str(
-        bench.run.record["recipe"]["search"]
-    )
+    """Costs and scores belong to one teacher, device and budget: beyond its limits nothing was scored."""
+    recipe, before = bench.run.record["recipe"], bench.run.record["stages"]["teacher"]
+    parts = [recipe[key] for key in ("seed", "search", "budget")] + [recipe["quantize"]["mode"]]
+    return sha256_json([before["inputs_sha256"], before["outputs_sha256"], parts, bench.run.target])
 
 
 def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> dict[str, Any]:

@@ -1,0 +1,255 @@
+"""The search: a function of its seed and of what it is told, within the budget or with a reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edgekd.errors import InfeasibleBudgetError
+from edgekd.search import Candidate, Found, Genome, Limits, choose, search
+from edgekd.stages.search import _stored
+
+CHOICES = (4, 3, 2, 5, 3)
+UNLIMITED = Limits(None, None, None)
+
+
+def candidate(genome: Genome, **changes: Any) -> Candidate:
+    """Everything grows with the genes; the score likes a middling one."""
+    size = sum(genome)
+    found = {
+        "parameters": 1000 * (1 + size),
+        "macs": 10_000 * (1 + size) + 7 * genome[0],
+        "latency_ms": 0.1 * (1 + size),
+        "size_mib": 0.01 * (1 + size),
+        "terms": {"relation": -((size - 6.5) ** 2), "semantic": -1e-3 * genome[-1]},
+    }
+    return Candidate(genome, **(found | changes))
+
+
+def run(evaluate: Any = candidate, limits: Limits = UNLIMITED, **changes: Any) -> Found:
+    options = {"evaluations": 40, "population": 8, "seed": 0} | changes
+    return search(options.pop("choices", CHOICES), evaluate, limits, **options)
+
+
+def genomes(found: Found) -> list[Genome]:
+    return [each.genome for each in found.candidates]
+
+
+def test_the_same_seed_walks_the_same_path() -> None:
+    assert run() == run()
+    assert genomes(run()) != genomes(run(seed=1))
+
+
+def test_the_smallest_a_middling_and_the_largest_come_first() -> None:
+    first = genomes(run())[:3]
+    assert first[0] == (0,) * 5
+    assert first[2] == tuple(options - 1 for options in CHOICES)
+    assert sum(first[0]) < sum(first[1]) < sum(first[2])
+
+
+def test_no_student_is_evaluated_twice() -> None:
+    asked: list[Genome] = []
+
+    def counting(genome: Genome) -> Candidate:
+        asked.append(genome)
+        return candidate(genome)
+
+    found = run(counting, evaluations=120)
+    assert len(asked) == len(set(asked)) == len(found.candidates)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 20])
+def test_a_search_that_was_cut_off_continues_on_its_path(cut: int) -> None:
+    stored: dict[Genome, Candidate] = {}
+    fresh: list[Genome] = []
+
+    def remembering(genome: Genome) -> Candidate:
+        if genome not in stored:
+            if len(stored) == cut and not fresh:
+                raise KeyboardInterrupt
+            fresh.append(genome)
+            stored[genome] = candidate(genome)
+        return stored[genome]
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(cut + 1):  # each start gets one student further
+            fresh.clear()
+            run(lambda genome: stored.setdefault(genome, candidate(genome)) if len(stored) < cut else _stop())
+    before = len(stored)
+    fresh.append((0,))
+    found = run(remembering)
+    assert found == run()
+    assert len(fresh) - 1 == len(found.candidates) - before
+
+
+def _stop() -> Candidate:
+    raise KeyboardInterrupt
+
+
+def test_every_student_belongs_to_the_space() -> None:
+    for genome in genomes(run(evaluations=100)):
+        assert len(genome) == len(CHOICES)
+        assert all(0 <= gene < options for gene, options in zip(genome, CHOICES, strict=True))
+
+
+def test_a_space_of_one_student_gives_that_student() -> None:
+    found = run(choices=(1, 1, 1, 1, 1), evaluations=10)
+    assert genomes(found) == [(0,) * 5]
+    assert (found.chosen, found.by_macs, found.by_parameters) == (0, 0, 0)
+
+
+def test_progress_counts_all_evaluations() -> None:
+    seen: list[tuple[int, int]] = []
+    run(evaluations=12, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 12) for done in range(1, 13)]
+
+
+# ---------------------------------------------------------------- budget
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(0.6, None, None), Limits(None, 0.05, None), Limits(None, None, 55_000)]
+)
+def test_the_chosen_student_keeps_the_budget(limits: Limits) -> None:
+    found = run(limits=limits, evaluations=80)
+    assert not found.candidates[found.chosen].excess(limits)
+    assert found.feasible == tuple(not each.excess(limits) for each in found.candidates)
+    assert all((score is None) or ok for score, ok in zip(found.score, found.feasible, strict=True))
+
+
+def test_a_student_without_known_latency_is_not_held_against_a_latency_limit() -> None:
+    found = run(lambda genome: candidate(genome, latency_ms=None), Limits(0.6, None, None))
+    assert all(found.feasible)
+
+
+def test_excess_is_relative_to_each_limit() -> None:
+    one = candidate((0, 0, 0, 0, 0))
+    assert one.excess(Limits(0.05, 0.005, 5000)) == pytest.approx({"latency": 1, "size": 1, "MACs": 1})
+    assert one.excess(Limits(0.1, 0.01, 10_000)) == {}
+
+
+def test_a_budget_that_nobody_meets_names_the_nearest_and_what_binds() -> None:
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        run(limits=Limits(0.05, 1.0, None))
+    message = caught.value.message
+    assert "no student of" in message
+    assert "0.1 ms" in message  # of the smallest student
+    assert "latency is 100 % over" in message
+    assert "size" not in message.split(":")[-1]
+    assert "--max-latency-ms 0.1" in caught.value.hint
+    assert caught.value.exit_code == 14
+
+
+@pytest.mark.parametrize("limits", [Limits(0.011, None, None), Limits(None, 0.0033, None)])
+def test_the_hint_of_an_infeasible_budget_is_feasible(limits: Limits) -> None:
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        run(limits=limits)
+    words = caught.value.hint.split()
+    value = float(words[words.index("--max-latency-ms" if limits.latency_ms else "--max-size-mib") + 1])
+    run(limits=Limits(value, None, None) if limits.latency_ms else Limits(None, value, None))
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_students_without_a_finite_score_are_dropped_and_counted() -> None:
+    def moody(genome: Genome) -> Candidate:
+        return candidate(genome, terms={}) if genome[1] == 0 else candidate(genome)
+
+    found = run(moody)
+    without = [index for index, each in enumerate(found.candidates) if not each.terms]
+    assert found.dropped == len(without) > 0
+    assert all(found.score[index] is None for index in without)
+    assert found.chosen not in without
+
+
+def test_without_any_finite_score_the_normalisation_is_suspected() -> None:
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        run(lambda genome: candidate(genome, terms={}))
+    assert "got a finite score" in caught.value.message
+    assert "--mean" in caught.value.hint
+
+
+def test_students_outside_the_budget_need_no_score() -> None:
+    limits = Limits(0.6, None, None)
+
+    def thrifty(genome: Genome) -> Candidate:
+        made = candidate(genome)
+        return candidate(genome, terms={}) if made.excess(limits) else made
+
+    found = run(thrifty, limits)
+    assert found.dropped == 0
+    assert not all(found.feasible)
+
+
+def test_baselines_are_the_largest_within_the_budget() -> None:
+    limits = Limits(0.8, None, None)
+    found = run(limits=limits, evaluations=80)
+    inside = [each for each, ok in zip(found.candidates, found.feasible, strict=True) if ok]
+    assert found.candidates[found.by_macs].macs == max(each.macs for each in inside)
+    assert found.candidates[found.by_parameters].parameters == max(each.parameters for each in inside)
+
+
+def test_terms_of_very_different_scale_count_alike() -> None:
+    def scaled(genome: Genome) -> Candidate:
+        terms = candidate(genome).terms
+        return candidate(genome, terms={"relation": 1e9 * terms["relation"], "semantic": terms["semantic"]})
+
+    assert run(scaled).score == run().score
+
+
+def test_among_students_of_like_size_the_score_decides() -> None:
+    same = [candidate((0, 0, 0, 0, 0)) for _ in range(3)]
+    assert choose(same, [0.1, 0.9, 0.5], [4, 7, 9]) == 7
+
+
+def test_among_students_of_like_score_the_larger_is_chosen() -> None:
+    sizes = [candidate((gene, 0, 0, 0, 0)) for gene in range(3)]
+    assert choose(sizes, [0.5, 0.5, 0.5], [0, 1, 2]) == 2
+
+
+# ---------------------------------------------------------------- stored evaluations
+
+
+def _bench(started: str | None = None, budget: float = 1.0, target: str = "x86") -> Any:
+    recipe = {"seed": 0, "search": {"evaluations": 8}, "budget": {"max": budget}, "quantize": {"mode": "qat"}}
+    teacher = {"inputs_sha256": "abc", "outputs_sha256": "def"}
+    record: dict[str, Any] = {"stages": {"teacher": teacher}, "recipe": recipe}
+    if started is not None:
+        record["search_started"] = started
+    return SimpleNamespace(run=SimpleNamespace(record=record, save=lambda: None, target=target))
+
+
+def _store(path: Path, bench: Any, *lines: str) -> str:
+    assert _stored(path, bench) == {}
+    path.write_text("\n".join(lines))
+    return str(bench.run.record["search_started"])
+
+
+def _row(*genome: int) -> str:
+    return json.dumps(asdict(candidate(genome)))
+
+
+def test_stored_evaluations_are_used_up_to_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "search.jsonl"
+    rows = [_row(0, 0, 0, 0, 0), _row(1, 0, 1, 0, 1)]
+    key = _store(path, _bench(), *rows, rows[0][:30])
+    known = _stored(path, _bench(key))
+    assert list(known.values()) == [candidate((0, 0, 0, 0, 0)), candidate((1, 0, 1, 0, 1))]
+    assert path.read_text() == "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize("change", [{"budget": 2.0}, {"target": "jetson"}])
+def test_evaluations_for_another_budget_or_device_are_not_used(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    """Beyond a budget nothing was scored: reused under a wider one, such students would look hopeless."""
+    path = tmp_path / "search.jsonl"
+    key = _store(path, _bench(), _row(0, 0, 0, 0, 0))
+    assert _stored(path, _bench(key, **change)) == {}
+    assert not path.exists()
