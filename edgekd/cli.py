@@ -232,7 +232,7 @@ def gate(
     from edgekd.gate import LatencyLimits
     from edgekd.stages.files import gate_files
 
-    result = gate_files(candidate, reference, LatencyLimits(**limits), backend=backend, threads=threads)
+    result = gate_files(candidate, reference, LatencyLimits(**limits), runtime=backend, threads=threads)
     _emit(result, as_json)
     raise SystemExit(EXIT_GATE[result["verdict"]])
 

@@ -65,11 +65,17 @@ def profile_files(
 
 
 def gate_files(
-    candidate: Path, reference: Path, limits: LatencyLimits, *, backend: str, threads: int
+    candidate: Path, reference: Path, limits: LatencyLimits, *, runtime: str, threads: int
 ) -> dict[str, Any]:
-    """Latency verdict of two ONNX files on one runtime (docs/gate.md)."""
+    """Latency verdict of two ONNX files on one runtime (docs/gate.md).
+
+    Raises:
+        UsageError: no such runtime.
+        BackendError: a file is not an ONNX model of one image input, or the runtime refuses it.
+    """
+    backend(runtime)
     paths = {"ref": reference, "aa": reference, "cand": candidate}
-    variants = [Variant(name, backend, str(path.resolve())) for name, path in paths.items()]
+    variants = [Variant(name, runtime, str(path.resolve())) for name, path in paths.items()]
     shape = input_shape(reference)
 
     def session(number: int) -> LatencySession:
@@ -80,7 +86,7 @@ def gate_files(
 
     return asdict(run_latency_gate(session, limits)) | {
         "clock": "cpu",
-        "backend": backend,
+        "backend": runtime,
         "limit": limits.max_ratio,
     }
 
