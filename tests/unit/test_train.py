@@ -280,7 +280,7 @@ def test_without_augmentation_there_is_one_view_of_the_plain_pixels() -> None:
     assert torch.equal(plain.batch(0, torch.arange(64)), normalise(PIXELS, PREPROCESSING))
 
 
-def test_crops_move_by_a_sixteenth_and_never_flip() -> None:
+def test_crops_move_by_one_pixel_here_and_never_flip() -> None:
     single = torch.zeros(1, 1, SIZE, SIZE, dtype=torch.uint8)
     single[0, 0, 8, 3] = 255
     places = set()
