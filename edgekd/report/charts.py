@@ -124,8 +124,7 @@ def search_scatter(record: Record) -> Markup:
     candidates = rows(search, "candidates")
     with_latency = any(number(c, "latency_ms") is not None for c in candidates)
     key, factor = ("latency_ms", 1.0) if with_latency else ("macs", 1e-6)
-    model = text(search, "cost_model", "kind") or "cost model not recorded"
-    title = f"predicted latency, ms ({model})" if with_latency else "multiply-accumulates, millions"
+    title = "predicted latency, ms" if with_latency else "multiply-accumulates, millions"
     points = {
         index: (x * factor, y)
         for index, c in enumerate(candidates)
@@ -133,7 +132,8 @@ def search_scatter(record: Record) -> Markup:
     }
     if not points:
         return Markup()
-    most = max((number(candidates[i], "macs") or 0.0 for i in points), default=0.0) or 1.0
+    most = max((number(candidates[i], "macs") or 0.0 for i in points), default=0.0)
+    most = most if most > 0 else 1.0
     picks: dict[int, list[_Pick]] = {}
     for pick in _PICKS:
         index = number(search, pick.key)
@@ -142,13 +142,15 @@ def search_scatter(record: Record) -> Markup:
     dots = []
     for index in sorted(points, key=lambda i: (i in picks, -(number(candidates[i], "macs") or 0.0))):
         candidate, chosen = candidates[index], picks.get(index, [])
-        radius = 2.5 + 5.5 * math.sqrt((number(candidate, "macs") or 0.0) / most)
+        radius = 2.5 + 5.5 * math.sqrt(max(0.0, number(candidate, "macs") or 0.0) / most)
         style, shape = ("dot" if dig(candidate, "feasible") else "hollow"), "circle"
         if chosen:
             radius, style, shape = max(6.5, radius), chosen[-1].style, chosen[-1].shape
         label = " = ".join(pick.label for pick in reversed(chosen))
         dots.append(Dot(*points[index], radius, style, _candidate_tooltip(candidate), label, shape))
-    x_axis = fit_axis(title, [x for x, _ in points.values()], log=True)
+    unscored = [x * factor for i, c in enumerate(candidates)
+                if i not in points and (x := number(c, key)) is not None]  # fmt: skip
+    x_axis = fit_axis(title, [*(x for x, _ in points.values()), *unscored], log=True)
     y_axis = fit_axis(
         f"training-free score ({text(search, 'score') or 'unnamed'})", [y for _, y in points.values()]
     )
@@ -161,9 +163,13 @@ def search_scatter(record: Record) -> Markup:
         (mark("circle", 8, 8, 5, "hollow"), "outside the budget"),
         *((mark(pick.shape, 8, 8, 5.5, pick.style), pick.label) for pick in reversed(_PICKS)),
     ]
-    left_out = len(candidates) - len(points)
+    left_out = len(candidates) - len(points) - len(unscored)
     note = "Dot area grows with MACs. Baselines: what the number of MACs or of parameters would have chosen."
-    note += f" {left_out} candidates without a score or cost are not drawn." if left_out else ""
+    if unscored:
+        number_of = "1 candidate was" if len(unscored) == 1 else f"{len(unscored)} candidates were"
+        note += f" {number_of} not scored: hollow dots on the lower edge."
+        dots = [*(Dot(x, y_axis.low, 3.0, "hollow", "not scored") for x in unscored), *dots]
+    note += f" {left_out} without a score or cost not drawn." if left_out else ""
     chart = Scatter(x_axis, y_axis, dots, "Search candidates: cost against score", limits)
     return _figure("Candidates of the search", responsive(chart, FULL), legend, note)
 
@@ -185,7 +191,8 @@ def variant_scatter(record: Record) -> Markup:
             known.append((row, p50, 100 * accuracy))
     if not known:
         return Markup()
-    largest = max((number(row, "size_mib") or 0.0 for row, _, _ in known), default=0.0) or 1.0
+    largest = max((number(row, "size_mib") or 0.0 for row, _, _ in known), default=0.0)
+    largest = largest if largest > 0 else 1.0
     names = list(dict.fromkeys(text(row, "backend") for row, _, _ in known))
     dots, predicted = [], False
     for row, p50, accuracy in sorted(known, key=lambda item: -(number(item[0], "size_mib") or 0.0)):
@@ -195,7 +202,7 @@ def variant_scatter(record: Record) -> Markup:
         style = (
             "open" if hollow else _BACKEND_STYLES[names.index(text(row, "backend")) % len(_BACKEND_STYLES)]
         )
-        radius = 4 + 12 * math.sqrt((number(row, "size_mib") or 0.0) / largest)
+        radius = 4 + 12 * math.sqrt(max(0.0, number(row, "size_mib") or 0.0) / largest)
         name = text(row, "id") or text(row, "backend") or "unnamed"
         tooltip = (
             f"{name}\naccuracy {accuracy:.2f} %\n"
@@ -278,13 +285,14 @@ def gate_latency(record: Record) -> Markup:
     """Ratio of the candidate and of the A/A control to the reference, with the limit."""
     node = dig(record, "gate", "latency")
     whiskers, ends = [], [1.0]
-    for key, name, style in (("candidate", "candidate / reference", 1), ("control", "A/A control", 0)):
+    compared = " / ".join(text(node, key) or key for key in ("shipped", "reference"))
+    for key, name, style in (("candidate", compared, 1), ("control", "A/A control", 0)):
         ratio, low, high = (number(node, key, part) for part in ("ratio", "lo", "hi"))
         if ratio is None:
             continue
         pair = (low, high) if low is not None and high is not None else None
         dropped = number(node, key, "dropped")
-        note = f"{ratio:.3f}  {facts.bounds(pair, digits=4)}".rstrip()
+        note = f"{ratio:.3f}" + (f"  [{pair[0]:.3f}, {pair[1]:.3f}]" if pair else "")
         tooltip = f"{name}: {note}" + (f", {dropped:.0f} rounds dropped" if dropped is not None else "")
         ends += [ratio, *(pair or ())]
         whiskers.append(Whisker(name, ratio, pair, style, note, tooltip))

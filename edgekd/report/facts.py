@@ -37,14 +37,11 @@ def dig(node: Any, *path: str) -> Any:
 
 
 def number(node: Any, *path: str) -> float | None:
-    """The finite number at ``path``, else ``None``."""
+    """The number at ``path``, else ``None``; what is not finite or beyond 1e100 counts as not known."""
     value = dig(node, *path)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return 0.0 if abs(value) < 1e-100 else float(value)
 
 
 def text(node: Any, *path: str) -> str:
@@ -98,8 +95,8 @@ def significant(value: float | None, digits: int = 3) -> str:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
     if magnitude < -4 or magnitude >= 6:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{max(0, digits - 1 - magnitude)}f}"
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    return f"{value:.{max(0, digits - 1 - magnitude)}f}".replace("-", "−")
 
 
 def percent(value: float | None, digits: int = 2) -> str:
@@ -108,8 +105,10 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """A time with three significant digits."""
-    return NONE if value is None else f"{significant(value)} ms"
+    """A time with three significant digits, in µs below 0.01 ms."""
+    if value is None:
+        return NONE
+    return f"{significant(value * 1000)} µs" if 0 < value < 0.01 else f"{significant(value)} ms"
 
 
 def size(mib: float | None) -> str:
@@ -143,7 +142,30 @@ def bounds(pair: tuple[float, float] | None, scale: float = 1.0, digits: int = 3
         return ""
     largest = max(abs(pair[0]), abs(pair[1])) * scale
     decimals = max(0, digits - 1 - math.floor(math.log10(largest))) if largest > 0 else 1
-    return "[" + ", ".join(f"{value * scale:.{min(decimals, 6)}f}" for value in pair) + "]"
+    return "[" + ", ".join(f"{value * scale:.{min(decimals, 6)}f}" for value in pair).replace("-", "−") + "]"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A value with its unit: a share as percent, a ratio with the sign ×, no number as a dash."""
+    if value is None:
+        return NONE
+    if unit == "share":
+        return percent(value)
+    return f"{significant(value)}×" if unit in ("ratio", "×") else f"{significant(value)} {unit}".strip()
+
+
+def check_cells(check: Record) -> tuple[str, str, str, str, str, str]:
+    """Name, verdict, measured, limit, interval and note of a check."""
+    unit, ends = text(check, "unit"), interval(check, "interval")
+    measured = number(check, "measured")
+    return (
+        text(check, "name") or "unnamed",
+        text(check, "verdict") or "NOT_MEASURED",
+        quantity(measured, unit),
+        quantity(number(check, "limit"), unit),
+        (bounds(ends, 100, 4) + " %" if unit == "share" and ends else bounds(ends)) or NONE,
+        text(check, "note") or ("" if measured is not None else NO_REASON),
+    )
 
 
 def validation_count(record: Record) -> int | None:
@@ -166,7 +188,10 @@ def latency(row: Record, name: str = "latency") -> Figure:
         return Figure(name, NONE, UNKNOWN, reason or NO_REASON)
     if kind not in (MEASURED, PREDICTED):
         return Figure(name, NONE, UNKNOWN, reason or "the record does not say whether it was measured")
-    shown = significant(p50) if p90 is None else f"{significant(p50)} / {significant(p90)}"
+    shown = significant(p50)
+    if p90 is not None:
+        decimals = max(0, 2 - math.floor(math.log10(abs(p50)))) if p50 else 3
+        shown = f"{p50:.{min(decimals, 6)}f} / {p90:.{min(decimals, 6)}f}"
     basis = f"on {device}" if device else f"the record does not name the device ({kind})"
     return Figure(name, f"{shown} ms", kind, f"{basis}; {reason}" if reason else basis)
 
@@ -196,17 +221,21 @@ def primary(record: Record) -> Record:
     return {}
 
 
+def _shipped(record: Record) -> list[Record]:
+    """Variants, the one nearest to what is shipped first: of the gate, the target, the speed-up, the rest."""
+    wanted = text(record, "gate", "shipped")
+    named = [row for row in variants(record) if wanted and text(row, "id") == wanted]
+    found = backends(record)
+    fast = text(record, "metrics", "speedup_over_teacher", "backend")
+    return [*named, primary(record), *([found[fast]] if fast in found else []), *found.values()]
+
+
 def shipped_accuracy(record: Record) -> tuple[str, float | None]:
     """The accuracy nearest to what is shipped, and what it belongs to."""
-    first = primary(record)
     places: list[tuple[str, float | None]] = [
-        (
-            f"{text(first, 'precision') or 'shipped'} model on {text(first, 'backend')}",
-            number(first, "accuracy"),
-        ),
         *(
-            (f"{text(row, 'precision') or 'shipped'} model on {name}", number(row, "accuracy"))
-            for name, row in backends(record).items()
+            (text(row, "id") or text(row, "backend") or "shipped model", number(row, "accuracy"))
+            for row in _shipped(record)
         ),
         ("quantized model (simulated)", number(record, "metrics", "quantize", "accuracy")),
         ("student in float", number(record, "metrics", "student_float", "accuracy")),
@@ -215,17 +244,20 @@ def shipped_accuracy(record: Record) -> tuple[str, float | None]:
 
 
 def shipped_size(record: Record) -> float | None:
-    """MiB of the shipped file: the target runtime's, else the first runtime's that has one."""
-    found = [primary(record), *backends(record).values()]
-    return next((value for value in (number(row, "size_mib") for row in found) if value is not None), None)
+    """MiB of the shipped file, or of the file nearest to it that has a size."""
+    sizes = (number(row, "size_mib") for row in _shipped(record))
+    return next((value for value in sizes if value is not None), None)
 
 
 def is_fallback(layer: Record, variant: Record) -> bool:
     """Whether a layer of an int8 model really runs in float: it does multiplications, or says why."""
+    return runs_in_float(layer, variant) and (bool(text(layer, "reason")) or (number(layer, "macs") or 0) > 0)
+
+
+def runs_in_float(layer: Record, variant: Record) -> bool:
+    """Whether a layer of an int8 model runs in float, be it only an activation or a conversion."""
     precision = text(layer, "precision").lower()
-    if text(variant, "precision").lower() != "int8" or not precision or "8" in precision.replace("fp8", ""):
-        return False
-    return bool(text(layer, "reason")) or (number(layer, "macs") or 0) > 0
+    return text(variant, "precision").lower() == "int8" and precision.startswith(("f", "bf"))
 
 
 def missing_stages(record: Record) -> list[str]:
@@ -253,9 +285,14 @@ def decision(record: Record) -> str:
         )
     parts = ", ".join(f"{many} {name.replace('_', ' ').lower()}" for name, many in totals.items())
     meaning = {
-        "PASS": "The student may replace the teacher on this target",
+        "PASS": "The student meets every limit that could be checked here",
         "FAIL": "The student must not be shipped as it is",
         "INCONCLUSIVE": "The measurements cannot decide; more data are needed",
         "UNUSABLE": "The machine was too unsteady to measure; run the gate again",
     }.get(verdict(record), "The record holds no overall verdict")
-    return f"{meaning}. Checks: {parts}."
+    named = "".join(
+        f" {word}: {'; '.join(found)}."
+        for key, word in (("FAIL", "Failed"), ("NOT_MEASURED", "Without a verdict"))
+        if (found := [text(check, "name") for check in checks if text(check, "verdict") == key])
+    )
+    return f"{meaning}. Checks: {parts}.{named}"

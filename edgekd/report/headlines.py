@@ -17,7 +17,7 @@ def _hero(label: str, figure: Figure, detail: str) -> Markup:
             kind_chip(figure.kind),
             class_="fig k-unknown",
         )
-        detail = f"{figure.basis}. {detail}".strip()
+        detail = detail if figure.basis in detail else f"{figure.basis}. {detail}".strip()
     return tag(
         "div",
         tag("div", label, class_="label"),
@@ -46,8 +46,8 @@ def _accuracy_hero(record: Record) -> Markup:
     pair = facts.bounds(facts.accuracy_interval(record, accuracy), 100)
     detail = f"{what}; {basis}" + (f", 95 % interval {pair}" if pair else "")
     if teacher is not None:
-        change = 100 * (accuracy - teacher)
-        detail = f"{change:+.2f} points against the teacher ({facts.percent(teacher)}); {detail}"
+        change = f"{100 * (accuracy - teacher):+.2f}".replace("-", "−")
+        detail = f"{change} points against the teacher ({facts.percent(teacher)}); {detail}"
     return _hero("Accuracy", Figure("", facts.percent(accuracy), facts.MEASURED, basis), detail)
 
 
@@ -58,16 +58,18 @@ def _speed_hero(record: Record) -> Markup:
     gain = ""
     if ratio is not None:
         where = " on ".join(part for part in (text(speedup, "backend"), text(speedup, "device")) if part)
-        clock = f", {text(speedup, 'clock')} clock" if text(speedup, "clock") else ""
-        faster = f"{facts.significant(ratio)}× faster than the teacher"
-        gain = f"{faster} {ends} with {where or 'an unnamed runtime'}{clock}"
+        clock = text(speedup, "clock").replace("cpu", "CPU")
+        gain = f"with {where or 'an unnamed runtime'}" + (f", {clock} clock" if clock else "")
+        gain += f"; interval {ends}" if ends else ""
     if not first and ratio is None:
         return Markup()
     runtime = text(first, "backend") or "the target's runtime"
     if figure.kind == facts.UNKNOWN and ratio is not None:
-        on_target = f"{gain}. Latency with {runtime}: unknown, {figure.basis}"
+        on_target = f"{gain}. Latency with {runtime}: unknown ({figure.basis})"
         measured = Figure("", f"{facts.significant(ratio)}×", facts.MEASURED, gain)
         return _hero("Speed-up over the teacher", measured, on_target)
+    if gain and ratio is not None:
+        gain = f"{facts.significant(ratio)}× faster than the teacher {gain}"
     return _hero(f"Latency p50 / p90, {runtime}", figure, f"{figure.basis}. {gain}".strip(" ."))
 
 
@@ -167,7 +169,7 @@ def headline_figures(record: Record) -> list[Figure]:
         add("latency of the chosen candidate", value, facts.milliseconds(value), basis, facts.PREDICTED)
     value = number(search, "latency_measured_ms")
     add(
-        "latency of the chosen candidate",
+        "latency of the chosen candidate, float",
         value,
         facts.milliseconds(value),
         f"on {text(search, 'latency_measured_on')}",
@@ -175,7 +177,9 @@ def headline_figures(record: Record) -> list[Figure]:
     value = number(metrics, "speedup_over_teacher", "ratio")
     if value is not None:
         where = ", ".join(
-            v for k in ("variant", "device", "clock") if (v := text(metrics, "speedup_over_teacher", k))
+            v.replace("cpu", "CPU clock").replace("wall", "wall clock") if k == "clock" else v
+            for k in ("variant", "device", "clock")
+            if (v := text(metrics, "speedup_over_teacher", k))
         )
         add("speed-up over the teacher", value, f"{facts.significant(value)}×", where)
     elif facts.backends(record):

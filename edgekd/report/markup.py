@@ -75,6 +75,7 @@ def table(
     body: Iterable[Sequence[object]],
     *,
     numeric: Sequence[int] = (),
+    bars: int | None = None,
     class_: str = "stack",
     row_classes: Sequence[str] = (),
 ) -> Markup:
@@ -90,7 +91,13 @@ def table(
         return tag(
             name,
             tag("span", shown) if name == "td" else shown,
-            class_="num" if index in numeric else None,
+            class_="num"
+            if index in numeric
+            else "barcell"
+            if index == bars
+            else "empty"
+            if shown == ""
+            else None,
             scope="row" if index == 0 else None,
             data_label=label or None,
             data_sort=key,

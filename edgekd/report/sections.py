@@ -61,6 +61,13 @@ def runtimes_section(record: Record) -> Markup:
                  charts.variant_scatter(record)))  # fmt: skip
 
 
+_BUDGET = (
+    ("max_latency_ms", "predicted latency", facts.milliseconds),
+    ("max_size_mib", "size", facts.size),
+    ("max_macs", "MACs", facts.count),
+)
+
+
 def search_section(record: Record) -> Markup:
     """The candidates, and how the chosen one was predicted."""
     search = dig(record, "metrics", "search")
@@ -69,12 +76,13 @@ def search_section(record: Record) -> Markup:
     model = dig(search, "cost_model")
     error = number(model, "error_percent")
     measured = number(search, "latency_measured_ms")
-    budget = [f"{key.replace('_', ' ')} {facts.significant(value) if value < 1e5 else facts.count(value)}"
-              for key in tables(search).get("budget", {})
+    budget = [f"{name} ≤ {show(value)}" for key, name, show in _BUDGET
               if (value := number(search, "budget", key)) is not None]  # fmt: skip
     evaluated, dropped = number(search, "evaluated"), number(search, "dropped")
+    seconds = number(search, "seconds")
     described = [
-        ("evaluated", f"{facts.count(evaluated)} candidates in {facts.duration(number(search, 'seconds'))}"
+        ("evaluated", f"{facts.count(evaluated)} candidates"
+            + (f" in {facts.duration(seconds)}" if seconds is not None else "")
             + (f", {dropped:.0f} dropped" if dropped else "") if evaluated is not None else ""),
         ("cost model", f"{text(model, 'kind') or 'not recorded'}"
             + (f" for {text(model, 'device')}" if text(model, "device") else "")
@@ -111,21 +119,12 @@ def gate_section(record: Record) -> Markup:
     checks = rows(record, "gate", "checks")
     if not checks:
         return charts.gate_latency(record)
-    body = []
-    for check in checks:
-        unit, measured, limit = text(check, "unit"), number(check, "measured"), number(check, "limit")
-        body.append(
-            (
-                text(check, "name") or "unnamed",
-                verdict_chip(text(check, "verdict") or "NOT_MEASURED"),
-                facts.NONE if measured is None else f"{facts.significant(measured)} {unit}".strip(),
-                facts.NONE if limit is None else f"{facts.significant(limit)} {unit}".strip(),
-                facts.bounds(facts.interval(check, "interval")) or facts.NONE,
-                tag("small", text(check, "note") or ("" if measured is not None else facts.NO_REASON)),
-            )
-        )
+    body = [
+        (name, verdict_chip(verdict), measured, limit, interval, tag("small", note) if note else "")
+        for name, verdict, measured, limit, interval, note in map(facts.check_cells, checks)
+    ]
     heads = ("check", "verdict", "measured", "limit", "interval", "note")
-    return join((table(heads, body, numeric=(2, 3, 4)), charts.gate_latency(record)))
+    return join((table(heads, body, numeric=(2, 3, 4), class_="stack checks"), charts.gate_latency(record)))
 
 
 def parity_section(record: Record) -> Markup:
@@ -139,7 +138,7 @@ def parity_section(record: Record) -> Markup:
             facts.significant(number(row, "max_abs_diff"), 2),
             facts.percent(number(row, "top1_agreement")),
             text(row, "version") or facts.NONE,
-            tag("small", text(row, "reason")),
+            tag("small", text(row, "reason")) if text(row, "reason") else "",
         )
         for name, row in found.items()
     ]
@@ -262,7 +261,10 @@ def stages_section(record: Record) -> Markup:
     ]
     note = f"Total {facts.duration(total)}. Not run: {', '.join(facts.missing_stages(record)) or 'none'}."
     return join(
-        (table(("stage", "time", "", ""), body, numeric=(1,), class_="bars"), tag("p", note, class_="note"))
+        (
+            table(("stage", "time", "", ""), body, numeric=(1,), bars=2, class_="stages"),
+            tag("p", note, class_="note"),
+        )
     )
 
 
@@ -279,18 +281,18 @@ def layers_section(record: Record) -> Markup:
 def _layer_table(name: str, variant: Record) -> Markup:
     layers = rows(variant, "layers")
     times = [number(layer, "ms") for layer in layers]
-    total, longest = (
-        sum(t for t in times if t is not None),
-        max((t for t in times if t is not None), default=0.0),
-    )
+    known = [ms for ms in times if ms is not None]
+    total, longest = sum(known), max(known, default=0.0)
     fallen = [facts.is_fallback(layer, variant) for layer in layers]
     body = [
         (
             (index, text(layer, "name") or "unnamed"),
             text(layer, "op"),
-            text(layer, "precision") or facts.NONE,
+            tag("b", text(layer, "precision"), class_="float")
+            if facts.runs_in_float(layer, variant)
+            else text(layer, "precision") or facts.NONE,
             (number(layer, "macs") or 0, facts.count(number(layer, "macs"))),
-            (-1 if ms is None else ms, facts.milliseconds(ms)),
+            (-1 if ms is None else ms, facts.NONE if ms is None else f"{1000 * ms:.2f}"),
             (-1 if ms is None else ms, _bar(ms, longest)),
             join((tag("strong", "float fall-back: "), text(layer, "reason") or facts.NO_REASON))
             if fell
@@ -298,11 +300,13 @@ def _layer_table(name: str, variant: Record) -> Markup:
         )
         for index, (layer, ms, fell) in enumerate(zip(layers, times, fallen, strict=True))
     ]
-    heads = ("layer", "op", "precision", "MACs", "time", "", "reason")
+    heads = ("layer", "op", "precision", "MACs", "time, µs", "", "reason")
+    with_reasons = any(text(layer, "reason") for layer in layers) or any(fallen)
     grid = table(
-        heads,
-        body,
+        heads if with_reasons else heads[:-1],
+        body if with_reasons else [row[:-1] for row in body],
         numeric=(3, 4),
+        bars=5,
         class_="sortable layers",
         row_classes=["fallback" if fell else "" for fell in fallen],
     )
@@ -320,6 +324,11 @@ def _layer_table(name: str, variant: Record) -> Markup:
     callout = (
         tag("div", tag("p", f"{name}: {summary}"), tag("ul", *reasons), class_="callout") if reasons else ""
     )
+    other = [ms or 0.0 for layer, ms, fell in zip(layers, times, fallen, strict=True)
+             if facts.runs_in_float(layer, variant) and not fell]  # fmt: skip
+    if other:
+        share = f", {100 * sum(other) / total:.0f} % of the time" if total > 0 else ""
+        summary += f"; {len(other)} conversions and activations in float{share}"
     shown = tag("summary", name, " ", tag("small", f"{summary}; {_protocol(variant, total)}"))
     return join((callout, tag("details", shown, grid, open="open")))
 
@@ -335,7 +344,7 @@ def _protocol(variant: Record, total: float) -> str:
     parts = [f"{facts.milliseconds(total)} in sum" if total > 0 else "no layer times"]
     for key, unit in (("threads", "threads"), ("calls", "calls"), ("batch", "batch"), ("clock", "clock")):
         if text(protocol, key):
-            parts.append(
-                f"batch {text(protocol, key)}" if key == "batch" else f"{text(protocol, key)} {unit}"
-            )
+            value = text(protocol, key)
+            named = unit.removesuffix("s") if value == "1" else unit
+            parts.append(f"batch {value}" if key == "batch" else f"{value} {named}")
     return ", ".join(parts)

@@ -58,8 +58,10 @@ table{border-collapse:collapse;width:100%;font-size:14.5px;line-height:1.45;font
 th,td{text-align:left;vertical-align:top;padding:7px 14px 7px 0;border-bottom:1px solid var(--line)}
 th:last-child,td:last-child{padding-right:0}
 thead th{font-size:13px;font-weight:600;color:var(--muted);vertical-align:bottom;border-bottom:1.5px solid var(--muted)}
-tbody th{font-weight:600;overflow-wrap:anywhere}
+table.checks tbody th{min-width:24ch}
+tbody th{font-weight:600;overflow-wrap:break-word}
 .num{text-align:right}
+td.num,.chip{white-space:nowrap}
 td small{line-height:1.35}
 td .reason{display:inline-block;max-width:44ch;text-align:left}
 tr.fallback>*{background:var(--warn)}
@@ -68,7 +70,13 @@ tr.target th{box-shadow:inset 4px 0 0 var(--blue);padding-left:10px}
 .bar{display:block;height:10px;min-width:1px;border-radius:2px;background:var(--blue);margin-top:6px}
 .fallback .bar{background:repeating-linear-gradient(135deg,var(--orange) 0 5px,transparent 5px 7px),var(--orange);
 outline:1px solid var(--orange)}
-td.barcell{min-width:140px;width:30%}
+td.barcell{min-width:90px;width:26%}td.barcell>span{display:block}
+.float{color:var(--orange)}
+table.layers{font-size:13px}table.layers td:last-child{min-width:24ch}
+table.layers th,table.layers td{padding-top:3px;padding-bottom:3px}
+table.layers tbody th{font:12px/1.5 ui-monospace,Menlo,Consolas,"Liberation Mono",monospace;
+min-width:20ch;max-width:44ch;overflow-wrap:anywhere}
+table.layers .bar{margin-top:5px}
 th button{all:unset;cursor:pointer}
 th button:focus-visible{outline:2px solid var(--blue)}
 th[aria-sort=ascending] button::after{content:" ↑"}
@@ -91,6 +99,7 @@ footer{margin-top:56px;padding-bottom:40px;font-size:13.5px;color:var(--muted)}
 svg text{font-size:12px;fill:var(--muted)}
 svg .strong{fill:var(--ink);font-weight:600}
 svg .label{fill:var(--ink);font-weight:600;paint-order:stroke;stroke:var(--paper);stroke-width:4px;stroke-linejoin:round}
+svg .halo{paint-order:stroke;stroke:var(--paper);stroke-width:5px;stroke-linejoin:round}
 svg .grid{stroke:var(--grid);stroke-width:1}
 svg .axis{stroke:var(--muted);stroke-width:1}
 svg .lead{stroke:var(--muted);stroke-width:1}
@@ -124,6 +133,9 @@ table.stack tr{padding:8px 0;border-bottom:1px solid var(--line)}
 table.stack th,table.stack td{border:0;padding:1px 0;text-align:left}
 table.stack td{display:flex;justify-content:space-between;gap:16px}
 table.stack td::before{content:attr(data-label);color:var(--muted);flex:none}
+table.stack td.empty{display:none}
+table.layers{min-width:860px}
+table.stack td.num{white-space:normal}
 table.stack td>span{text-align:right;min-width:0;overflow-wrap:anywhere}
 table.stack td .reason{text-align:right}
 table.stack td:not([data-label])::before{content:none}
@@ -154,7 +166,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
       for (const other of table.tHead.rows[0].cells) other.removeAttribute('aria-sort');
       head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
       const key = row => row.cells[column].dataset.sort ?? row.cells[column].textContent;
-      const order = (a, b) => key(a).localeCompare(key(b), undefined, {numeric: false});
+      const order = (a, b) => key(a).localeCompare(key(b), undefined, {numeric: true});
       const numeric = (a, b) => Number(key(a)) - Number(key(b));
       const rows = [...body.rows];
       const by = rows.every(row => key(row) !== '' && !Number.isNaN(Number(key(row)))) ? numeric : order;

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from edgekd.report.markup import Markup, tag
 
-CHARACTER = 6.5  # px a character of 12 px text takes, on the wide side
+CHARACTER, BOLD = 6.6, 7.5  # px a character of 12 px text takes, on the wide side
 Box = tuple[float, float, float, float]
 
 
@@ -105,7 +105,7 @@ def drawing(width: float, height: float, parts: Sequence[Markup], label: str) ->
 
 def plane(x: Axis, y: Axis, width: float, height: float) -> tuple[Plane, list[Markup]]:
     """Axes with grid, ticks and titles; the title of y stands upright above the axis."""
-    about_x, about_y = max(3, int(width / 85)), max(3, int(height / 60))
+    about_x, about_y = max(3, int(width / 85)), max(4, int(height / 48))
     y_labels = [(tick, y.label(tick, about_y)) for tick in y.ticks(about_y)]
     left = 12 + CHARACTER * max((len(text) for _, text in y_labels), default=1)
     found = Plane(x, y, (left, 28, width - 14, height - 44))
@@ -168,10 +168,10 @@ def place_labels(dots: Sequence[tuple[float, float, float, str]], frame: Box) ->
     for x, y, radius, text in dots:
         if not text:
             continue
-        half, best, best_cost = CHARACTER * len(text) / 2 + 2, (x, y), math.inf
+        half, best, best_cost = BOLD * len(text) / 2 + 1, (x, y), math.inf
         for reach in (0, 12, 26, 44, 66, 90):
             for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
-                middle_x = x + dx * (radius + half + 3 + reach * (0.5 if dy else 1))
+                middle_x = x + dx * (radius + half + 2 + reach * (0.5 if dy else 1))
                 middle_y = y + dy * (radius + 10 + reach)
                 box = (middle_x - half, middle_y - 8, middle_x + half, middle_y + 8)
                 outside = (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, frame)
@@ -281,31 +281,37 @@ class Intervals:
         stacked = width < 600
         longest = max((len(row.label) for row in self.whiskers), default=0)
         note = max((len(row.note) for row in self.whiskers if row.value is not None), default=0)
-        left = 8.0 if stacked else 16 + CHARACTER * min(longest, 40)
+        left = 8.0 if stacked else 14 + BOLD * min(longest, 34)
         right = width - (8 if stacked else 20 + CHARACTER * note)
         step, top = (48 if stacked else 34), 8 + 17 * len(self.references)
         bottom = top + step * len(self.whiskers)
-        parts = self._frame(left, right, top, bottom)
+        tracks = [(top + step * index + 24, top + step * (index + 1)) for index in range(len(self.whiskers))]
+        parts = self._frame(left, right, (top, bottom), tracks if stacked else [(top, bottom)])
         for index, row in enumerate(self.whiskers):
             middle = top + step * index + (34 if stacked else step / 2)
             if stacked:
-                space = int(width / CHARACTER) - (len(row.note) if row.value is not None else 0) - 2
+                taken = CHARACTER * len(row.note) if row.value is not None else 0.0
+                space = int((width - taken) / BOLD)
                 parts += [words(0, middle - 16, shorten(row.label, space), class_="label")]
                 if row.value is not None:
-                    parts += [words(width, middle - 16, row.note, anchor="end")]
+                    parts += [words(width, middle - 16, row.note, anchor="end", class_="halo")]
             else:
-                parts += [words(left - 14, middle + 4, shorten(row.label, 40), anchor="end", class_="strong")]
+                parts += [words(left - 14, middle + 4, shorten(row.label, 34), anchor="end", class_="strong")]
                 if row.value is not None:
                     parts += [words(right + 14, middle + 4, row.note)]
             parts += self._row(row, left, right, middle)
         return drawing(width, bottom + 44, parts, self.title)
 
-    def _frame(self, left: float, right: float, top: float, bottom: float) -> list[Markup]:
-        about = max(3, int((right - left) / 85))
-        parts = []
+    def _frame(
+        self, left: float, right: float, ends: tuple[float, float], tracks: Sequence[tuple[float, float]]
+    ) -> list[Markup]:
+        """Axis and vertical lines; these run only through ``tracks``, so that no text is crossed."""
+        (top, bottom), about = ends, max(3, int((right - left) / 85))
+        parts: list[Markup] = []
         for tick in self.axis.ticks(about):
             x = left + self.axis.share(tick) * (right - left)
-            parts += [line(x, top, x, bottom, "grid"), line(x, bottom, x, bottom + 5, "axis")]
+            parts += [line(x, high, x, low, "grid") for high, low in tracks]
+            parts += [line(x, bottom, x, bottom + 5, "axis")]
             parts += [words(x, bottom + 18, self.axis.label(tick, about), anchor="middle")]
         parts += [line(left, bottom, right, bottom, "axis")]
         parts += [words((left + right) / 2, bottom + 37, self.axis.title, anchor="middle", class_="strong")]
@@ -313,7 +319,10 @@ class Intervals:
             x = left + self.axis.share(value) * (right - left)
             y = 12 + 17 * index
             room = CHARACTER * len(text) / 2
-            parts += [line(x, y + 4, x, bottom, class_)]
+            parts += [
+                line(x, y + 4, x, top, class_),
+                *(line(x, high, x, low, class_) for high, low in tracks),
+            ]
             text_class = "limit-text" if class_ == "limit" else None
             parts += [
                 words(min(max(x, left + room), right - room), y, text, anchor="middle", class_=text_class)
@@ -322,7 +331,9 @@ class Intervals:
 
     def _row(self, row: Whisker, left: float, right: float, middle: float) -> list[Markup]:
         if row.value is None:
-            return [words(left + 4, middle + 4, shorten(row.note, int((right - left) / CHARACTER)))]
+            return [
+                words(left + 4, middle + 4, shorten(row.note, int((right - left) / CHARACTER)), class_="halo")
+            ]
         x = left + self.axis.share(row.value) * (right - left)
         parts = []
         if row.pair:

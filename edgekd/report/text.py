@@ -94,25 +94,13 @@ def markdown(record: Record) -> str:
             for row in found
         ]
         lines += _markdown_table(heads, body)
-    checks = [_check_cells(check) for check in rows(record, "gate", "checks")]
+    checks = [facts.check_cells(check) for check in rows(record, "gate", "checks")]
     if checks:
         signed = [
             [cells[0], f"{_SIGNS.get(cells[1], '')} {cells[1]}".strip(), *cells[2:]] for cells in checks
         ]
         lines += _markdown_table(["check", "verdict", "measured", "limit", "interval", "note"], signed)
     return "\n".join(lines)
-
-
-def _check_cells(check: Record) -> list[str]:
-    unit, measured, limit = text(check, "unit"), number(check, "measured"), number(check, "limit")
-    return [
-        text(check, "name") or "unnamed",
-        text(check, "verdict") or "NOT_MEASURED",
-        facts.NONE if measured is None else f"{facts.significant(measured)} {unit}".strip(),
-        facts.NONE if limit is None else f"{facts.significant(limit)} {unit}".strip(),
-        facts.bounds(facts.interval(check, "interval")) or facts.NONE,
-        text(check, "note"),
-    ]
 
 
 def print_summary(record: Record, console: Console, report: Path | None = None) -> None:
@@ -127,7 +115,7 @@ def print_summary(record: Record, console: Console, report: Path | None = None) 
         console.print(checks)
     verdict = facts.verdict(record)
     line = Text()
-    line.append(verdict.replace("_", " "), style=_COLOURS.get(verdict, "bold"))
+    line.append(clean(verdict).replace("_", " "), style=_COLOURS.get(verdict, "bold"))
     line.append(clean(f" for {text(record, 'target', 'id') or 'no target'}. {facts.decision(record)}"))
     console.print(line)
     bundle = text(record, "bundle")
@@ -156,6 +144,7 @@ def _models_table(record: Record) -> Table:
     heads = [("model", False), ("accuracy", True), ("MACs", True), ("size", True), ("latency p50", True),
              ("int8", True), ("agree", True)]  # fmt: skip
     table = _rich_table("Models", heads)
+    table.columns[0].no_wrap = True
     metrics = tables(record).get("metrics", {})
     for name, row in (
         ("teacher", tables(metrics).get("teacher")),
@@ -190,16 +179,17 @@ def _models_table(record: Record) -> Table:
 
 
 def _checks_table(record: Record) -> Table:
-    heads = [
-        ("check", False),
-        ("verdict", False),
-        ("measured", True),
-        ("limit", True),
-        ("interval", True),
-        ("note", False),
-    ]
+    heads = [("check", False), ("verdict", False), ("measured", True), ("limit", True), ("interval", True)]
     table = _rich_table("Gate", heads)
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    notes = []
     for check in rows(record, "gate", "checks"):
-        cells = _check_cells(check)
-        table.add_row(_cell(cells[0]), _cell(cells[1], _COLOURS.get(cells[1], "dim")), *map(_cell, cells[2:]))
+        name, verdict, *numbers, note = facts.check_cells(check)
+        table.add_row(_cell(name), _cell(verdict, _COLOURS.get(verdict, "dim")), *map(_cell, numbers))
+        if note and verdict != "PASS":
+            notes.append(f"{name}: {note}")
+    if notes:
+        table.caption = _cell("\n".join(notes))
+        table.caption_justify = "left"
     return table

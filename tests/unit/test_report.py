@@ -1,0 +1,352 @@
+"""Promises of the report: it holds the whole record, refers to nothing outside, escapes every name and
+shows no number that nobody measured or predicted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import sample_record
+
+from edgekd.errors import StorageError
+from edgekd.report import html_report, markdown_report, print_summary, write_reports
+from edgekd.report.facts import bounds, latency, significant, wilson
+from edgekd.report.headlines import headline_figures
+from edgekd.report.svg import Axis, fit_axis
+
+HOSTILE = "<script>alert(1)</script> \"quoted\" 'single' | `x` </svg> ]]> <!-- & \x00\ud800 [bold red]"
+
+
+def embedded(page: str) -> Any:
+    found = re.findall(r'<script type="application/json" id="record">(.*?)</script>', page, re.DOTALL)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+def poison(value: Any) -> Any:
+    """The record with every text replaced by a hostile one, kinds and verdicts too."""
+    if isinstance(value, dict):
+        return {key: poison(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [poison(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+def without(record: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    changed = copy.deepcopy(record)
+    node = changed
+    for key in path[:-1]:
+        node = node[key]
+    node.pop(path[-1], None)
+    return changed
+
+
+def nulled(value: Any) -> Any:
+    """The record with every number gone."""
+    if isinstance(value, dict):
+        return {key: nulled(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [nulled(item) for item in value]
+    return None if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def console_text(record: dict[str, Any], width: int = 120) -> str:
+    from rich.console import Console
+
+    with Path(os.devnull).open("w") as sink:
+        console = Console(width=width, record=True, file=sink)
+        print_summary(record, console, Path("runs/demo/report.html"))
+        return console.export_text()
+
+
+class Balance(HTMLParser):
+    """Counts elements that are opened and not closed, and gathers what points outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.outside: list[str] = []
+        self.handlers: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action") and not (value or "").startswith("#"):
+                self.outside.append(f"{tag} {name}={value}")
+            if name.startswith("on"):
+                self.handlers.append(f"{tag} {name}")
+        if tag not in ("meta", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+RECORDS: dict[str, Callable[[], dict[str, Any]]] = {
+    "full": sample_record.full_record,
+    "teacher": sample_record.teacher_record,
+    "empty": dict,
+    "nulled": lambda: nulled(sample_record.full_record()),
+    "hostile": lambda: poison(sample_record.full_record()),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_record_is_embedded_whole(name: str) -> None:
+    record = RECORDS[name]()
+    assert embedded(html_report(record)) == record
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_page_is_balanced_and_refers_to_nothing_outside(name: str) -> None:
+    page = html_report(RECORDS[name]())
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "@import" not in page
+    assert "url(" not in page
+    found = Balance()
+    found.feed(page)
+    assert (found.open, found.outside, found.handlers) == ([], [], [])
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_drawing_is_well_formed(name: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", html_report(RECORDS[name]()), re.DOTALL)
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing)
+        for element in root.iter():
+            assert "nan" not in " ".join(element.attrib.values()).lower().split()
+            for key in ("x", "y", "cx", "cy", "r", "x1", "x2", "y1", "y2"):
+                if key in element.attrib:
+                    assert abs(float(element.attrib[key])) < 5000
+    assert len(drawings) >= {"full": 12, "teacher": 2}.get(name, 0)
+
+
+@pytest.mark.parametrize("write", [html_report, markdown_report])
+def test_hostile_names_are_escaped(write: Callable[[dict[str, Any]], str]) -> None:
+    text = write(poison(sample_record.full_record()))
+    assert "<script>alert" not in text
+    assert "alert(1)</script>" not in text
+    assert "\x00" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    text.encode("utf-8")
+
+
+def test_hostile_names_stay_inside_their_markdown_cell() -> None:
+    lines = markdown_report(poison(sample_record.full_record())).splitlines()
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}
+    assert columns <= {4, 7}
+
+
+def test_rich_markup_in_a_name_is_shown_as_text() -> None:
+    assert "[bold red]" in re.sub(r"\s+", " ", console_text(poison(sample_record.full_record()), 400))
+
+
+@pytest.mark.parametrize("show", [html_report, markdown_report, console_text])
+def test_a_record_with_only_the_teacher_renders(show: Callable[[dict[str, Any]], str]) -> None:
+    text = show(sample_record.teacher_record())
+    assert "NO VERDICT" in text
+    assert "92.83" in text
+
+
+def paths(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for key, value in record.items():
+        yield (key,)
+        if isinstance(value, dict):
+            for inner, below in value.items():
+                yield (key, inner)
+                if isinstance(below, dict) and key == "metrics":
+                    yield from ((key, inner, leaf) for leaf in below)
+
+
+def test_any_missing_part_still_renders() -> None:
+    record = sample_record.full_record()
+    record["metrics"]["search"] |= {
+        "candidates": record["metrics"]["search"]["candidates"][:3],
+        "chosen": 0,
+        "by_macs": 1,
+        "by_parameters": 1,
+    }
+    for row in record["metrics"]["backends"].values():
+        row["layers"] = row["layers"][6:9]
+    for path in paths(record):
+        changed = without(record, path)
+        assert html_report(changed).endswith("</html>\n"), path
+        assert markdown_report(changed).startswith("## "), path
+
+
+def test_a_null_latency_shows_its_reason_and_no_number() -> None:
+    record = sample_record.full_record()
+    row = record["metrics"]["backends"]["tensorrt"]
+    figure = latency(row)
+    assert (figure.text, figure.kind, figure.basis) == ("—", "unknown", sample_record.NO_GPU)
+    body = html_report(record).split("<main>")[1].split("</section>")[1]
+    line = next(part for part in body.split("</table>")[0].split("<tr") if "tensorrt-int8" in part)
+    assert sample_record.NO_GPU in line
+    assert not re.search(r"\d (ms|µs)", line)
+    for text in (markdown_report(record), console_text(record, 300)):
+        assert "the graph was parsed and compiled here" in text
+        (shown,) = [part for part in text.splitlines() if re.match(r"\W*tensorrt-int8 ", part)]
+        assert not re.search(r"\d (ms|µs)", shown)
+
+
+@pytest.mark.parametrize("kind", [None, "unknown", "guessed"])
+def test_a_latency_without_a_known_kind_is_no_number(kind: str | None) -> None:
+    figure = latency({"latency_p50_ms": 123.4, "latency_p90_ms": 567.8, "latency_kind": kind})
+    assert (figure.text, figure.kind) == ("—", "unknown")
+
+
+def test_the_three_kinds_look_different() -> None:
+    record = sample_record.full_record()
+    record["metrics"]["variants"][1]["latency_kind"] = "predicted"
+    page = html_report(record)
+    for kind in ("measured", "predicted", "unknown"):
+        assert f'class="fig k-{kind}"' in page
+    kinds = {figure.kind for figure in headline_figures(sample_record.full_record())}
+    assert kinds == {"measured", "predicted", "unknown"}
+
+
+def test_float_fallbacks_are_highlighted_with_their_reason() -> None:
+    page = html_report(sample_record.full_record())
+    assert page.count('<tr class="fallback">') == 2
+    assert "2 of 26 layers fell back to float" in page
+    assert "no int8 kernel for a depthwise 5x5 with stride 2" in page.split('class="callout"')[2]
+
+
+def test_a_float_run_has_no_fallbacks() -> None:
+    record = sample_record.full_record()
+    for row in record["metrics"]["backends"].values():
+        row["precision"] = "f32"
+        for layer in row["layers"]:
+            layer["precision"] = "f32"
+    assert '<tr class="fallback">' not in html_report(record)
+
+
+@pytest.mark.parametrize("verdict", ["PASS", "FAIL", "INCONCLUSIVE", "UNUSABLE"])
+def test_the_verdict_comes_first_as_a_word(verdict: str) -> None:
+    record = sample_record.full_record() | {"verdict": verdict}
+    assert f'<div class="word">{verdict}</div>' in html_report(record)
+    assert verdict in markdown_report(record).splitlines()[0]
+    assert verdict in console_text(record)
+
+
+def test_a_cpu_clock_number_says_what_it_cannot_see() -> None:
+    assert "memory-bandwidth stalls" in html_report(sample_record.full_record())
+
+
+def test_values_that_are_not_finite_are_left_out() -> None:
+    record = sample_record.full_record()
+    record["metrics"]["distill"]["history"][3]["loss"] = float("nan")
+    record["metrics"]["search"]["candidates"][5]["score"] = float("inf")
+    page = html_report(record)
+    assert embedded(page)["metrics"]["distill"]["history"][3]["loss"] is None
+    assert "1 candidate was not scored" in page
+
+
+def test_wilson_interval_against_a_hand_computed_value() -> None:
+    low, high = wilson(0.5, 100)
+    assert (low, high) == pytest.approx((0.403832, 0.596168), abs=1e-6)
+    assert wilson(1.0, 10)[1] == pytest.approx(1.0)
+    assert wilson(0.0, 10)[0] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0942, "0.0942"), (17.44, "17.4"), (0.0, "0"), (-2.131, "−2.13"), (2.1e-6, "2.10e−06")],
+)
+def test_significant_digits(value: float, shown: str) -> None:
+    assert significant(value) == shown
+
+
+def test_bounds_share_their_decimals() -> None:
+    assert bounds((0.21, 1.65)) == "[0.21, 1.65]"
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [5.0], [-3.0, 1e-9], [1e-6, 1e6], [91.84, 91.86]])
+@pytest.mark.parametrize("log", [False, True])
+def test_axes_hold_their_values_and_have_distinct_ticks(values: list[float], log: bool) -> None:
+    axis = fit_axis("x", values, log=log)
+    assert all(0 <= axis.share(value) <= 1 for value in values)
+    labels = [axis.label(tick, 6) for tick in axis.ticks(6)]
+    assert 2 <= len(labels) <= 15
+    assert len(set(labels)) == len(labels)
+
+
+def test_tick_labels_keep_the_decimals_of_their_step() -> None:
+    axis = Axis("x", 0.0, 1.0)
+    assert [axis.label(tick, 4) for tick in axis.ticks(4)] == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+
+
+def test_both_files_are_written(tmp_path: Path) -> None:
+    record = poison(sample_record.full_record())
+    page, summary = write_reports(record, tmp_path / "run")
+    assert (page.name, summary.name) == ("report.html", "report.md")
+    assert page.read_text(encoding="utf-8") == html_report(record)
+    assert summary.read_text(encoding="utf-8") == markdown_report(record)
+
+
+def test_a_folder_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(StorageError):
+        write_reports(sample_record.teacher_record(), tmp_path / "run")
+
+
+def test_import_loads_neither_torch_nor_an_engine_nor_rich() -> None:
+    code = (
+        "import sys, edgekd.report; "
+        "print(sorted({'torch', 'rich', 'onnxruntime', 'openvino', 'tensorrt', 'numpy'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def _chromium() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        if found := shutil.which(name):
+            return found
+    return ""
+
+
+def screenshot(page: Path, picture: Path, profile: Path) -> None:
+    names = (
+        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars",
+        "disable-background-networking", "disable-component-update", "disable-sync", "window-size=1000,1400",
+        f"user-data-dir={profile}", f"screenshot={picture}",
+    )  # fmt: skip
+    command = [_chromium(), *(f"--{name}" for name in names), page.as_uri()]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            process.wait(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not _chromium(), reason="no chromium binary on this machine")
+def test_a_browser_draws_something(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    page, _ = write_reports(sample_record.full_record(), tmp_path)
+    picture = tmp_path / "report.png"
+    screenshot(page, picture, tmp_path / "profile")
+    with image.open(picture) as opened:
+        grey = opened.convert("L")
+        histogram = grey.histogram()
+    total = sum(histogram)
+    mean = sum(value * many for value, many in enumerate(histogram)) / total
+    variance = sum(many * (value - mean) ** 2 for value, many in enumerate(histogram)) / total
+    assert variance > 100
+    assert max(histogram) < 0.97 * total
