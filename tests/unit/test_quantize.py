@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -62,7 +63,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
         y = torch.relu(y + self.body(y))
-        return self.classifier(torch.flatten(self.pool(y), 1))
+        logits: Tensor = self.classifier(torch.flatten(self.pool(y), 1))
+        return logits
 
 
 def inputs(count: int = 256) -> Tensor:
@@ -116,13 +118,13 @@ def test_folding_follows_the_formula_in_double_precision() -> None:
         nn.Conv2d(2, 3, 3, bias=True), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 16, 2)
     )
     draw = torch.Generator().manual_seed(0)
-    norm = model[1]
+    norm: Any = model[1]
     for tensor in (norm.weight, norm.bias, norm.running_mean):
         tensor.data = torch.randn(3, generator=draw)
     norm.running_var = torch.rand(3, generator=draw) + 0.1
     model = model.eval()
     factor = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()).detach()
-    conv = model[0]
+    conv: Any = model[0]
     weight = conv.weight.detach().double() * factor.view(-1, 1, 1, 1)
     bias = (conv.bias.detach().double() - norm.running_mean.double()) * factor + norm.bias.detach().double()
     graph = capture(copy.deepcopy(model), (2, 6, 6))

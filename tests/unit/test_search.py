@@ -21,7 +21,7 @@ UNLIMITED = Limits(None, None, None)
 def candidate(genome: Genome, **changes: Any) -> Candidate:
     """Everything grows with the genes; the score likes a middling one."""
     size = sum(genome)
-    found = {
+    found: dict[str, Any] = {
         "parameters": 1000 * (1 + size),
         "macs": 10_000 * (1 + size) + 7 * genome[0],
         "latency_ms": 0.1 * (1 + size),
