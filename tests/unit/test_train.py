@@ -177,7 +177,9 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_p
 def test_every_step_runs_with_the_weights_of_the_step_before(plan: str) -> None:
     """All images in one batch and one view: an epoch is a step, and the losses follow the weights. Autocast
     caches its casts of the weights; a cache that outlives its step would repeat the first loss."""
-    changes: dict[str, Any] = {"views": views(augment="none"), "batch_size": 64, "epochs": 6, "plan": PLANS[plan]}
+    changes: dict[str, Any] = {
+        "views": views(augment="none"), "batch_size": 64, "epochs": 6, "plan": PLANS[plan],
+    }  # fmt: skip
     losses = [row["loss"] for row in fit(stage(**changes), nothing)]
     assert len(set(losses)) == 6
     assert losses[-1] < losses[0] * 0.99
