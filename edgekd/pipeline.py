@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgekd.distillers import terms
 from edgekd.errors import UsageError, unknown_name
+from edgekd.proxies import proxy
+from edgekd.quantize.calibrators import calibrator
 from edgekd.recipe import Recipe, load_recipe
 from edgekd.report import write_reports
 from edgekd.run import STAGES, Reporter, Run, Silent, fingerprint
+from edgekd.spaces import space_names
 from edgekd.stages import bundle, distill, export, gate, profile, quantize, search, teacher
 from edgekd.stages.bench import Bench
 from edgekd.target import find_target
@@ -47,6 +51,7 @@ def run_pipeline(
     """Run all stages up to `last`, skipping those that are up to date; returns the record."""
     if last not in STAGES:
         raise UsageError(*unknown_name("stage", last, STAGES))
+    _check_names(recipe)
     run = Run(folder, recipe, find_target(recipe.target), reporter or Silent())
     bench = Bench(run)
     outside = {
@@ -80,3 +85,16 @@ def run_pipeline(
         run.save()
         write_reports(run.record, folder)
     return run.record
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuse an unknown method, score, space or calibrator before any work, not when its stage comes.
+
+    Raises:
+        UsageError: names the unknown one and the nearest known one.
+    """
+    terms(recipe.distill.method)
+    proxy(recipe.search.score)
+    calibrator(recipe.quantize.calibrator)
+    if recipe.search.space not in space_names():
+        raise UsageError(*unknown_name("search space", recipe.search.space, space_names()))

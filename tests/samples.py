@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 SIZE = 16
-CLASSES = ("cross", "frame", "rows", "columns")
+CLASSES = ("cross", "frame", "rows", "stripes")  # in alphabetical order, as folders are
 
 # The module of a user's teacher: written into a folder and named as `tiny_teacher:build`.
 TEACHER_SOURCE = '''
