@@ -12,7 +12,7 @@ from edgekd.proxies import proxy
 from edgekd.quantize.calibrators import calibrator
 from edgekd.recipe import Recipe, load_recipe
 from edgekd.report import write_reports
-from edgekd.run import STAGES, Reporter, Run, Silent, fingerprint
+from edgekd.run import STAGES, Reporter, Run, Silent, fingerprint, machine
 from edgekd.spaces import space_names
 from edgekd.stages import bundle, distill, export, gate, profile, quantize, search, teacher
 from edgekd.stages.bench import Bench
@@ -72,9 +72,9 @@ def run_pipeline(
         ),
         "distill": ({"distill": recipe.distill}, ("3-distilled.safetensors",), distill.run),
         "quantize": ({"quantize": recipe.quantize}, (quantize.FILE,), quantize.run),
-        "export": ({}, (f"{export.FOLDER}/float.onnx", f"{export.FOLDER}/reference.npz"), export.run),
-        "profile": ({"profile": recipe.profile}, (f"{export.FOLDER}/{profile.LOGITS}",), profile.run),
-        "gate": ({"gate": recipe.gate, "budget": recipe.budget}, (), gate.run),
+        "export": ({}, (export.FOLDER,), export.run),
+        "profile": ({"profile": recipe.profile, "machine": machine()}, (profile.LOGITS,), profile.run),
+        "gate": ({"gate": recipe.gate, "budget": recipe.budget, "machine": machine()}, (), gate.run),
         "bundle": ({}, ("6-bundle",), bundle.run),
     }
     with run.locked():

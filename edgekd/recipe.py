@@ -35,9 +35,9 @@ class DataRecipe(_Strict, frozen=True):
 
     source: str = "demo"
     validation_fraction: _Share = 0.2
-    selection_fraction: _Share = 0.05
+    selection_fraction: _Share = 0.04
     image_size: Annotated[int, msgspec.Meta(ge=0)] = 0
-    augment: Literal["crop-flip", "crop", "none"] = "crop-flip"
+    augment: Literal["crop-flip", "crop", "none"] = "crop"
     skip_bad: bool = False
 
 
@@ -65,11 +65,11 @@ class SearchRecipe(_Strict, frozen=True):
 class DistillRecipe(_Strict, frozen=True):
     """`method`: terms of `edgekd.distillers`, joined by ``+``. `views`: augmented views of each image."""
 
-    method: str = "dist"
-    epochs: _Count = 24
-    batch_size: Annotated[int, msgspec.Meta(ge=2)] = 64
-    learning_rate: _Positive = 3e-3
-    weight_decay: _NonNegative = 1e-2
+    method: str = "kd"
+    epochs: _Count = 50
+    batch_size: Annotated[int, msgspec.Meta(ge=2)] = 128
+    learning_rate: _Positive = 1e-2
+    weight_decay: _NonNegative = 5e-2
     ema_decay: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.998
     views: _Count = 8
 
@@ -106,7 +106,7 @@ class Recipe(_Strict, frozen=True):
     """A whole run. Decoded strictly from TOML: an unknown key is an error."""
 
     target: str = "jetson"
-    seed: int = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: measure at the start and keep the faster number
     teacher: TeacherRecipe = TeacherRecipe()
     data: DataRecipe = DataRecipe()

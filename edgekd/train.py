@@ -10,7 +10,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Plan:
     threads: int = 1
     bfloat16: bool = False
     channels_last: bool = True
+    one_thread_rate: float = 0.0  # images per second of the same plan with one thread; 0: not measured
 
     def __str__(self) -> str:
         layout = "channels-last" if self.channels_last else "channels-first"
@@ -73,7 +74,7 @@ class Views:
         self._preprocessing = preprocessing
         self._flip, self._augment, self._seed = augment == "crop-flip", augment, seed
         self._size = images.shape[2:]
-        self._margin = 0 if augment == "none" else max(1, round(max(self._size) / 16))
+        self._margin = 0 if augment == "none" else max(1, round(max(self._size) / 28))
         # Black borders are what a shifted camera sees of nothing; the same constant for every channel.
         self._padded = F.pad(images, (self._margin,) * 4)
 
@@ -151,6 +152,7 @@ def fit(stage: Stage, progress: Progress) -> list[dict[str, float]]:
     steps_per_epoch = math.ceil(len(stage.labels) / stage.batch_size)
     total = steps_per_epoch * stage.epochs
     with stage.plan.active():
+        pace = _Pace(stage.plan)
         for epoch in range(len(history), stage.epochs):
             begin = time.perf_counter()
             stage.training_mode(model)
@@ -173,6 +175,7 @@ def fit(stage: Stage, progress: Progress) -> list[dict[str, float]]:
                     )
                 _update_average(average, model, min(stage.ema_decay, (step + 1) / (step + 10)))
                 loss_sum += loss * len(index)
+                pace.count(len(index))
                 progress(stage.name, step + 1, total)
             seconds = time.perf_counter() - begin
             row = {"epoch": epoch + 1.0, "loss": loss_sum / len(stage.labels), "seconds": seconds}
@@ -186,6 +189,33 @@ def fit(stage: Stage, progress: Progress) -> list[dict[str, float]]:
     # Exporters write stride arithmetic into the graph for weights that are not contiguous.
     model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return history
+
+
+class _Pace:
+    """Goes on with one thread where several turn out slower than one was in the probe: two threads wait for
+    each other whenever something else takes a core, and a training then takes ten times as long."""
+
+    _STEPS = 10
+
+    def __init__(self, plan: Plan) -> None:
+        self._slowest = 0.8 * plan.one_thread_rate if plan.threads > 1 else 0.0
+        self._times: list[float] = [time.perf_counter()]
+        self._images: list[int] = []
+
+    def count(self, images: int) -> None:
+        """Called after each step."""
+        if not self._slowest:
+            return
+        self._times.append(time.perf_counter())
+        self._images.append(images)
+        if len(self._images) < self._STEPS:
+            return
+        rate = float(np.median(np.asarray(self._images) / np.diff(self._times)))
+        self._times, self._images = [self._times[-1]], []
+        if rate < self._slowest:
+            log.info("%.0f images a second: something else uses the machine, going on with one thread", rate)
+            torch.set_num_threads(1)
+            self._slowest = 0.0
 
 
 def _optimizer(stage: Stage) -> torch.optim.Optimizer:
@@ -326,4 +356,6 @@ def probe(
                 times.append(time.perf_counter() - start)
         rates[str(plan)] = len(inputs) / float(np.median(times[1:]))
     best = max(plans, key=lambda plan: rates[str(plan)])
+    alone = rates.get(str(replace(best, threads=1)), 0.0)
+    best = replace(best, one_thread_rate=round(alone, 1))
     return best, {name: round(rate, 1) for name, rate in rates.items()}

@@ -136,7 +136,7 @@ def make_tiny(folder: Path) -> Tiny:
 # A recipe of seconds: the smallest search, two epochs, the shortest measurements.
 SHORT = (
     "threads=1", "budget.max_macs_ratio=2.0", "budget.max_latency_ratio=100.0", "search.evaluations=8",
-    "search.population=4", "search.batch_size=16", "distill.epochs=6", "distill.views=2",
+    "search.population=4", "search.batch_size=16", "distill.epochs=10", "distill.views=2",
     "distill.ema_decay=0.8", "distill.learning_rate=0.01", "distill.batch_size=32",
     "data.selection_fraction=0.1", "data.augment=crop", "quantize.epochs=1", "quantize.calibration_images=64",
     "profile.calls=64", "gate.restarts=2", "gate.max_restarts=2", "gate.rounds=10", "gate.calls_per_round=1",

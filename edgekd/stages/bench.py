@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from edgekd import export
 from edgekd.errors import DataError, UnsupportedModelError
-from edgekd.files import read_json
+from edgekd.files import read_json, sha256_json
 from edgekd.quantize.capture import capture
 from edgekd.run import Run
 from edgekd.sources import Dataset, load_dataset
@@ -64,6 +64,8 @@ class Bench:
         return ModelSpec(Preprocessing(height, width, color, mean, std), self.data.classes)
 
     def _per_channel(self, name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+        if name == "std" and min(values) <= 0:
+            raise DataError(f"teacher.std must be positive, got {values}", "pixels in 0..1: --std 0.229,0.224,0.225")
         if len(values) == 1:
             return values * channels
         if len(values) != channels:
@@ -73,10 +75,13 @@ class Bench:
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher, with its ONNX form beside it where it has one, in the fastest faithful runtime."""
-        loaded, path = self.loaded, self.run.folder / "1-teacher.onnx"
+        loaded = self.loaded
+        key = sha256_json([loaded.sha256, self.spec])[:12]
+        path = self.run.folder / "checkpoints" / f"teacher-{key}.onnx"
         teacher = Teacher(
             self.recipe.teacher.source, self.spec, loaded.sha256, loaded.size_mib, loaded.model, loaded.onnx
         )
+        teacher.batch = loaded.batch
         if loaded.model is not None:
             if not path.exists():
                 try:

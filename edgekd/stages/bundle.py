@@ -13,6 +13,7 @@ from edgekd.bundle import Golden, VariantFile, write_bundle
 from edgekd.errors import BundleError
 from edgekd.files import sha256_json
 from edgekd.profiler import environment
+from edgekd.runtime import BundleError as RuntimeBundleError
 from edgekd.runtime import load
 from edgekd.stages.bench import Array, Bench
 from edgekd.stages.export import FOLDER
@@ -42,7 +43,7 @@ def run(bench: Bench) -> dict[str, Any]:
     folder = bench.run.folder / "6-bundle"
     write_bundle(
         folder,
-        name=bench.run.folder.name,
+        name=bench.run.folder.resolve().name,
         spec=bench.spec,
         variants=[_variant(bench, plan, rows[plan.id]) for plan in plans],
         golden=Golden(
@@ -56,7 +57,10 @@ def run(bench: Bench) -> dict[str, Any]:
     tested = []
     for plan in plans:
         if plan.runs_here:
-            result = load(folder, variant=plan.id).selftest()
+            try:
+                result = load(folder, variant=plan.id).selftest()
+            except RuntimeBundleError as error:
+                raise BundleError(f"variant {plan.id} does not load from the bundle: {error}") from error
             if not result["ok"]:
                 raise BundleError(f"variant {plan.id} does not reproduce its golden outputs: {result}")
             tested.append(plan.id)

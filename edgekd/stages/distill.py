@@ -74,8 +74,9 @@ def run(bench: Bench) -> dict[str, Any]:
 def _key(bench: Bench) -> str:
     """A checkpoint belongs to one recipe and one student; another one must not continue it."""
     recipe = bench.run.record["recipe"]
-    before = bench.run.record["stages"]["search"]["outputs_sha256"]
-    return sha256_json([recipe["distill"], recipe["data"], recipe["seed"], before])[:12]
+    stages = bench.run.record["stages"]
+    before = [stages["teacher"]["inputs_sha256"], stages["search"]["outputs_sha256"]]
+    return sha256_json([recipe["distill"], recipe["seed"], before])[:12]
 
 
 def choose_plan(bench: Bench, student: torch.nn.Module) -> tuple[Plan, dict[str, float]]:

@@ -97,7 +97,7 @@ def _accuracy_checks(bench: Bench, shipped: Planned) -> list[Check]:
     labels = bench.data.validation_labels
     with np.load(bench.run.folder / FOLDER / "reference.npz") as file:
         student = correct(file["float"], labels)
-    with np.load(bench.run.folder / FOLDER / LOGITS) as file:
+    with np.load(bench.run.folder / LOGITS) as file:
         candidate = correct(file[shipped.id], labels)
     teacher = correct(bench.teacher_logits, labels)
     return [

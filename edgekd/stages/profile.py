@@ -18,7 +18,7 @@ from edgekd.stages.variants import Planned, planned_variants
 from edgekd.tasks.classification import accuracy, top1_agreement
 
 _ROUNDS = 40
-LOGITS = "profile-logits.npz"
+LOGITS = "checkpoints/profile-logits.npz"
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "int8_coverage_macs": coverages[plan.id].int8_macs,
         }
     _time(bench, [plan for plan in plans if plan.id in coverages], rows)
-    np.savez(bench.run.folder / FOLDER / LOGITS, **logits)
+    np.savez(bench.run.folder / LOGITS, **logits)
     bench.run.reporter.step("profile variants", len(plans) + 1, len(plans) + 1)
     return {"variants": list(rows.values()), "backends": _by_backend(bench, plans, rows, coverages)}
 

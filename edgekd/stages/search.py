@@ -27,17 +27,19 @@ def run(bench: Bench) -> dict[str, Any]:
     model = cost_model(bench.run.target, executed_precision(bench))
     limits = _limits(bench, model)
     evaluate = _Evaluator(bench, model, limits)
-    found = search(
-        bench.space.choices,
-        evaluate,
-        limits,
-        evaluations=recipe.search.evaluations,
-        population=recipe.search.population,
-        seed=recipe.seed,
-        progress=bench.counter("search students"),
-    )
-    evaluate.close()
-    model.close()
+    try:
+        found = search(
+            bench.space.choices,
+            evaluate,
+            limits,
+            evaluations=recipe.search.evaluations,
+            population=recipe.search.population,
+            seed=recipe.seed,
+            progress=bench.counter("search students"),
+        )
+    finally:
+        evaluate.close()
+        model.close()
     metrics = {"search": _metrics(bench, found, model, limits), "_unverified": list(model.unverified)}
     chosen = found.candidates[found.chosen]
     write_json(

@@ -128,7 +128,7 @@ def test_override_without_key_or_sign_is_refused(text: str) -> None:
         {},
         {"budget.max_latency_ms": 2.5, "budget.max_size_mib": 0.1, "teacher.mean": [0.5, 0.25, 0.125]},
         {"data.source": 'a "quoted" \\ path\nwith a line', "data.skip_bad": True, "target": "größe"},
-        {"distill.learning_rate": 1e-07, "seed": -3},
+        {"distill.learning_rate": 1e-07, "seed": 3},
     ],
 )
 def test_a_written_recipe_reads_back_the_same(tmp_path: Path, overrides: dict[str, Any]) -> None:

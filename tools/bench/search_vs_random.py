@@ -1,0 +1,132 @@
+"""Does the searched student beat random ones of the same predicted latency? Distils all of them equally.
+
+    python tools/bench/search_vs_random.py --run runs/jetson --random 5 --epochs 15 --seeds 0 1
+
+The run's folder must hold a finished search. Random students are drawn uniformly from the same space, kept
+when they meet the run's budget and are within 10 % of the chosen student's predicted latency. Prints a line
+per training and a JSON summary with the median of the random ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgekd.cost import cost_model
+from edgekd.distillers import terms
+from edgekd.recipe import load_recipe
+from edgekd.run import Run, Silent
+from edgekd.search import Candidate, Limits
+from edgekd.stages.bench import Bench
+from edgekd.stages.search import executed_precision
+from edgekd.target import find_target
+from edgekd.tasks.classification import accuracy
+from edgekd.train import Stage, evaluate, fit, probe
+
+Genome = tuple[int, ...]
+
+
+def random_students(bench: Bench, count: int, seed: int) -> list[Genome]:
+    """Feasible genomes whose predicted latency is within 10 % of the chosen one's."""
+    record = bench.run.record["metrics"]["search"]
+    chosen = record["candidates"][record["chosen"]]
+    budget = record["budget"]
+    limits = Limits(budget["max_latency_ms"], budget["max_size_mib"], budget["max_macs"])
+    model = cost_model(bench.run.target, executed_precision(bench))
+    rng = np.random.default_rng(seed)
+    found: list[Genome] = []
+    while len(found) < count:
+        genome = tuple(int(rng.integers(options)) for options in bench.space.choices)
+        layers = bench.space.layers(genome)
+        cost = model.predict(layers)
+        candidate = Candidate(
+            genome,
+            sum(layer.parameters for layer in layers),
+            sum(layer.macs for layer in layers),
+            cost.latency_ms,
+            cost.size_mib,
+            {},
+        )
+        if candidate.excess(limits) or cost.latency_ms is None:
+            continue
+        if abs(cost.latency_ms / chosen["latency_ms"] - 1) <= 0.1 and genome not in found:
+            found.append(genome)
+    model.close()
+    return found
+
+
+def distilled_accuracy(bench: Bench, genome: Genome, epochs: int, seed: int) -> float:
+    """Validation accuracy after the run's own distillation recipe with `epochs` epochs."""
+    recipe = bench.recipe.distill
+    student = bench.space.build(genome, torch.Generator().manual_seed(seed))
+    inputs = bench.views.batch(0, torch.arange(recipe.batch_size))
+    plan, _ = probe(student, inputs, bench.recipe.threads)
+    stage = Stage(
+        name="distill",
+        model=student,
+        views=bench.views,
+        labels=bench.labels,
+        teacher=bench.targets,
+        terms=terms(recipe.method),
+        epochs=epochs,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        ema_decay=recipe.ema_decay,
+        seed=seed,
+        plan=plan,
+    )
+    fit(stage, lambda what, done, total: None)
+    return accuracy(evaluate(student, bench.validation_inputs).numpy(), bench.data.validation_labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--random", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.run / "recipe.toml", {"threads": arguments.threads})
+    bench = Bench(Run(arguments.run, recipe, find_target(recipe.target), Silent()))
+    chosen: Genome = bench.genome
+    rivals = random_students(bench, arguments.random, recipe.seed)
+    rows = []
+    for genome in (chosen, *rivals):
+        begin = time.perf_counter()
+        runs = [distilled_accuracy(bench, genome, arguments.epochs, seed) for seed in arguments.seeds]
+        layers = bench.space.layers(genome)
+        row = {
+            "genome": genome,
+            "searched": genome == chosen,
+            "macs": sum(layer.macs for layer in layers),
+            "parameters": sum(layer.parameters for layer in layers),
+            "accuracy": statistics.mean(runs),
+            "runs": runs,
+            "seconds": round(time.perf_counter() - begin),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    random_accuracies = [float(row["accuracy"]) for row in rows[1:]]  # type: ignore[arg-type]
+    print(
+        json.dumps(
+            {
+                "searched": rows[0]["accuracy"],
+                "random_median": statistics.median(random_accuracies),
+                "random_best": max(random_accuracies),
+                "epochs": arguments.epochs,
+                "seeds": arguments.seeds,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
