@@ -271,6 +271,9 @@ def _open_openvino(data: bytes, variant: object, threads: int, names: list[str])
     core, device = importlib.import_module("openvino").Core(), _get(variant, "openvino.device", str, "CPU")
     options = {**_get(variant, "openvino.options", dict, {}), "INFERENCE_NUM_THREADS": threads}
     request = core.compile_model(core.read_model(data), device, options).create_infer_request()
+    # Int8 weights packed by a large first batch give garbage to a smaller one (2026.4.1): one image first.
+    one = [max(1, size) for size in request.model_inputs[0].get_partial_shape().get_min_shape()]
+    request.infer({names[0]: np.zeros(one, np.float32)})
     return lambda array: np.array(request.infer({names[0]: array})[names[1]], np.float32)
 
 
@@ -311,10 +314,8 @@ class Model:
         return self._preprocess(as_images(images))
 
     def __call__(self, array: Floats) -> Floats:
-        """Logits, float32 (N, classes), of input that is already preprocessed: float32 (N, C, H, W).
-
-        Raises ValueError for another type or shape, BundleError when the engine fails.
-        """
+        """Logits of preprocessed float32 (N, C, H, W). Raises ValueError for another type or shape, and
+        BundleError when the engine fails."""
         shape, got = (self._preprocess.factors.shape[1], *self._preprocess.size), np.shape(array)
         if getattr(array, "dtype", None) != np.float32 or len(got) != 4 or got[1:] != shape:
             raise ValueError(f"expected a float32 array of shape (N, *{shape}), got {type(array)} {got}")

@@ -29,6 +29,13 @@ class OpenVinoSession:
         self._tensor = _engine().Tensor
         self._request = compiled.create_infer_request()
         self._batch = batch
+        size, *sides = compiled.input(0).get_partial_shape()
+        if size.is_dynamic and all(side.is_static for side in sides):
+            # A large first batch packs int8 weights for AMX. The AVX-512 kernel of a smaller batch then reads
+            # them without the sums that signed activations need, and gives garbage (seen with 2026.4.1).
+            # After one image, which packs them for both, every order of batches is right.
+            kind = compiled.input(0).get_element_type().to_dtype()
+            self._request.infer([np.zeros((1, *(side.get_length() for side in sides)), kind)])
 
     def run(self, images: Array) -> Array:
         """Logits, float32 (N, classes), of float32 (N, C, H, W).
