@@ -145,7 +145,8 @@ def _factory(module_name: str, attribute: str, recipe: TeacherRecipe) -> LoadedT
             made = made()
         except TypeError as error:
             raise TeacherError(
-                f"teacher factory '{module_name}:{attribute}': {error}", "factories are called without arguments"
+                f"teacher factory '{module_name}:{attribute}': {error}",
+                "factories are called without arguments",
             ) from error
     if not isinstance(made, nn.Module):
         raise TeacherError(
@@ -306,8 +307,13 @@ def _onnx(path: Path) -> LoadedTeacher:
         )
     size = (shape[2], shape[3]) if shape[2] and shape[3] else None
     return LoadedTeacher(
-        None, path, sha256_file(path), path.stat().st_size / 2**20, image_size=size, channels=shape[1] or None,
-        batch=shape[0] or None
+        None,
+        path,
+        sha256_file(path),
+        path.stat().st_size / 2**20,
+        image_size=size,
+        channels=shape[1] or None,
+        batch=shape[0] or None,
     )
 
 
@@ -356,7 +362,8 @@ def run_in_batches(session: Session, inputs: Array, batch: int | None) -> Array:
         return session.run(inputs)
     missing = -len(inputs) % batch
     padded = np.concatenate([inputs, np.repeat(inputs[:1], missing, 0)])
-    return np.concatenate([session.run(padded[i : i + batch]) for i in range(0, len(padded), batch)])[: len(inputs)]
+    parts = [session.run(padded[i : i + batch]) for i in range(0, len(padded), batch)]
+    return np.concatenate(parts)[: len(inputs)]
 
 
 def use_fastest_runtime(teacher: Teacher, inputs: Tensor, threads: int) -> None:
