@@ -28,7 +28,7 @@ def runtimes_section(record: Record) -> Markup:
     found = facts.variants(record)
     if not found:
         return Markup()
-    heads = ("variant", "accuracy", "agreement with float", "max abs diff", "int8 of nodes", "int8 of MACs",
+    heads = ("variant", "accuracy", "agreement with torch", "max abs diff", "int8 of nodes", "int8 of MACs",
              "latency p50 / p90", "size")  # fmt: skip
     body, classes = [], []
     runtime = text(record, "target", "runtime")

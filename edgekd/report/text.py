@@ -107,12 +107,11 @@ def print_summary(record: Record, console: Console, report: Path | None = None) 
     """Print the models, the checks, the verdict and where bundle and report lie."""
     from rich.text import Text
 
-    models = _models_table(record)
-    if models.row_count:
-        console.print(models)
-    checks = _checks_table(record)
-    if checks.row_count:
-        console.print(checks)
+    for table, notes in (_models_table(record), _checks_table(record)):
+        if table.row_count:
+            console.print(table)
+        for note in notes:
+            console.print(_cell(note, "dim"))
     verdict = facts.verdict(record)
     line = Text()
     line.append(clean(verdict).replace("_", " "), style=_COLOURS.get(verdict, "bold"))
@@ -140,56 +139,53 @@ def _cell(value: object, style: str = "") -> Text:
     return Text(clean(value), style=style)
 
 
-def _models_table(record: Record) -> Table:
-    heads = [("model", False), ("accuracy", True), ("MACs", True), ("size", True), ("latency p50", True),
+def _models_table(record: Record) -> tuple[Table, list[str]]:
+    heads = [("model", False), ("top-1", True), ("size", True), ("latency p50", True),
              ("int8", True), ("agree", True)]  # fmt: skip
     table = _rich_table("Models", heads)
-    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     metrics = tables(record).get("metrics", {})
     for name, row in (
         ("teacher", tables(metrics).get("teacher")),
         ("student, float", tables(metrics).get("student_float")),
     ):
         if row:
-            cells = (name, facts.percent(number(row, "accuracy")), facts.count(number(row, "macs")),
+            cells = (name, facts.percent(number(row, "accuracy")),
                      facts.size(number(row, "size_mib")), facts.NONE, facts.NONE,
                      facts.percent(number(row, "top1_agreement"), 1))  # fmt: skip
             table.add_row(*map(_cell, cells))
-    macs = facts.count(number(metrics, "student_float", "macs"))
     unknown = []
     for row in facts.variants(record):
         figure, p50 = facts.latency(row), number(row, "latency_p50_ms")
         name = text(row, "id") or text(row, "backend") or "unnamed"
-        latency = facts.NONE if figure.kind == facts.UNKNOWN else f"{facts.milliseconds(p50)} {figure.kind}"
+        latency = facts.NONE if figure.kind == facts.UNKNOWN else facts.milliseconds(p50)
+        if figure.kind == facts.PREDICTED:
+            latency = f"predicted {latency}"
         if figure.kind == facts.UNKNOWN:
             unknown.append(f"{name}: {facts.NONE} {figure.basis}")
         table.add_row(
             _cell(name),
             _cell(facts.percent(number(row, "accuracy"))),
-            _cell(macs),
             _cell(facts.size(number(row, "size_mib"))),
             _cell(latency, {facts.PREDICTED: "italic magenta", facts.UNKNOWN: "dim"}.get(figure.kind, "")),
             _cell(facts.percent(number(row, "int8_coverage_macs"), 0)),
             _cell(facts.percent(number(row, "top1_agreement"), 1)),
         )
-    if unknown:
-        table.caption = _cell("latency unknown: " + "; ".join(unknown))
-        table.caption_justify = "left"
-    return table
+    return table, [f"latency of {line}" for line in unknown]
 
 
-def _checks_table(record: Record) -> Table:
+def _checks_table(record: Record) -> tuple[Table, list[str]]:
     heads = [("check", False), ("verdict", False), ("measured", True), ("limit", True), ("interval", True)]
-    table = _rich_table("Gate", heads)
+    table = _rich_table("Checks that did not pass", heads)
     for column in table.columns[1:]:
         column.no_wrap = True
     notes = []
     for check in rows(record, "gate", "checks"):
         name, verdict, *numbers, note = facts.check_cells(check)
+        if verdict == "PASS":
+            continue
         table.add_row(_cell(name), _cell(verdict, _COLOURS.get(verdict, "dim")), *map(_cell, numbers))
         if note and verdict != "PASS":
             notes.append(f"{name}: {note}")
-    if notes:
-        table.caption = _cell("\n".join(notes))
-        table.caption_justify = "left"
-    return table
+    return table, notes
