@@ -369,14 +369,20 @@ def find_target(name: str) -> Target:
 
 
 def is_this_machine(target: Target) -> bool:
-    """Whether the target is the machine this process runs on: all its CPU flags, or its device-tree name."""
-    flags: set[str] = set()
-    cpuinfo, model = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("flags"):
-                flags = set(line.partition(":")[2].split())
-                break
+    """Whether the target is the machine this process runs on: its device-tree name, or all its CPU flags when
+    no shipped card that asks for more of them fits too."""
+    if not _fits(target):
+        return False
+    flags = len(target.detect.cpu_flags)
+    return not any(len(card.detect.cpu_flags) > flags and _fits(card) for card in all_targets().values())
+
+
+def _fits(target: Target) -> bool:
+    model, cpuinfo = Path("/proc/device-tree/model"), Path("/proc/cpuinfo")
     if target.detect.devicetree_model:
         return model.is_file() and target.detect.devicetree_model in model.read_text(encoding="utf-8")
-    return bool(target.detect.cpu_flags) and flags.issuperset(target.detect.cpu_flags)
+    if not target.detect.cpu_flags or not cpuinfo.is_file():
+        return False
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    here = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return set(target.detect.cpu_flags) <= set(here)

@@ -65,7 +65,7 @@ class Bench:
 
     def _per_channel(self, name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
         if name == "std" and min(values) <= 0:
-            raise DataError(f"teacher.std must be positive, got {values}", "for example --std 0.229,0.224,0.225")
+            raise DataError(f"teacher.std must be positive, got {values}", "such as --std 0.229,0.224,0.225")
         if len(values) == 1:
             return values * channels
         if len(values) != channels:
