@@ -256,10 +256,13 @@ def test_the_same_command_finds_everything_up_to_date(finished: Finished, tiny: 
     target = finished.record["recipe"]["target"]
     before = (finished.folder / "record.json").read_text()
     again = run(tiny, finished.folder, "--target", target, *tiny.arguments(), *settings())
-    assert again.code == finished.code
-    assert [name for name, stage in again.record["stages"].items() if stage["resumed"]] == list(STAGES)
-    assert again.record["metrics"] == finished.record["metrics"]
-    assert again.record["verdict"] == finished.record["verdict"]
+    resumed = [name for name, stage in again.record["stages"].items() if stage["resumed"]]
+    if finished.record["verdict"] in ("PASS", "FAIL"):
+        assert resumed == list(STAGES)
+        assert again.record["metrics"] == finished.record["metrics"]
+        assert (again.code, again.record["verdict"]) == (finished.code, finished.record["verdict"])
+    else:  # the gate found no answer, and is asked again
+        assert resumed == list(STAGES[: STAGES.index("gate")])
     (finished.folder / "record.json").write_text(before)
 
 
@@ -416,4 +419,5 @@ def test_the_demonstration_becomes_a_bundle_for_the_jetson(tmp_path: Path) -> No
     assert verify_bundle(tmp_path / record["bundle"]) == []
     again = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                            capture_output=True, text=True, check=False)  # fmt: skip
-    assert all(stage["resumed"] for stage in strict_json(again.stdout)["stages"].values())
+    resumed = [name for name, stage in strict_json(again.stdout)["stages"].items() if stage["resumed"]]
+    assert resumed[:6] == list(STAGES[:6])  # the gate is asked again when it found no answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,9 @@ from samples import CLASSES, Tiny, settings, shapes
 from edgekd import cli
 
 # What a run that failed may leave: its own files, each of them whole.
-OWN = {
-    ".lock",
-    "recipe.toml",
-    "record.json",
-    "1-teacher.json",
-    "1-teacher.onnx",
-    "checkpoints",
-    "search.jsonl",
-}
+OWN = re.compile(
+    r"\.lock|recipe\.toml|record\.json|1-teacher\.json|checkpoints|search\.jsonl|teacher-[0-9a-f]{12}\.onnx"
+)
 
 
 @dataclass
@@ -56,8 +51,8 @@ class Terminal:
         said = self._capture.readouterr()
         assert isinstance(caught.value.code, int)
         if self.out.exists():
-            left = {path.name for path in self.out.rglob("*")}
-            assert left <= OWN, f"left behind: {left - OWN}"
+            left = [path.name for path in self.out.rglob("*") if not OWN.fullmatch(path.name)]
+            assert not left, f"left behind: {left}"
             for path in self.out.glob("*.json"):
                 json.loads(path.read_text())
         return Ended(caught.value.code, said.out, said.err)
@@ -198,6 +193,10 @@ def test_missing_data_are_named(edgekd: Terminal) -> None:
 
 def test_a_mean_for_other_channels_is_refused(edgekd: Terminal, tiny: Tiny) -> None:
     edgekd(*tiny.arguments(), "--mean", "0.1,0.2,0.3").says(11, "teacher.mean has 3 values", "1 channels")
+
+
+def test_a_deviation_of_zero_is_refused(edgekd: Terminal, tiny: Tiny) -> None:
+    edgekd(*tiny.arguments(), "--std", "0").says(11, "teacher.std must be positive", "--std")
 
 
 # ---------------------------------------------------------------- teachers

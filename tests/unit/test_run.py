@@ -33,7 +33,11 @@ def open_run(folder: Path, recipe: Recipe | None = None) -> Run:
 
 
 def go(
-    folder: Path, inputs: dict[str, Any] | None = None, last: str = "bundle", fail: str = "", text: str = ""
+    folder: Path,
+    inputs: dict[str, Any] | None = None,
+    last: str = "bundle",
+    fail: str = "",
+    verdict: str = "PASS",
 ) -> list[str]:
     """Run stages that write their name into a file; returns those that worked."""
     worked: list[str] = []
@@ -42,10 +46,10 @@ def go(
     def work(name: str) -> Callable[[], dict[str, Any]]:
         def inner() -> dict[str, Any]:
             worked.append(name)
-            write_text(folder / f"{name}.txt", name + text)
+            write_text(folder / f"{name}.txt", name)
             if name == fail:
                 raise RuntimeError("the stage failed")
-            return {"verdict": "PASS", "gate": {}} if name == "gate" else {name: {"value": len(worked)}}
+            return {"verdict": verdict, "gate": {}} if name == "gate" else {name: {"value": len(worked)}}
 
         return inner
 
@@ -119,6 +123,22 @@ def test_a_failing_stage_keeps_those_before_it(tmp_path: Path) -> None:
         go(tmp_path, fail="quantize")
     assert list(record(tmp_path)["stages"]) == ["teacher", "search", "distill"]
     assert go(tmp_path)[0] == "quantize"
+
+
+@pytest.mark.parametrize("verdict", ["INCONCLUSIVE", "UNUSABLE"])
+def test_a_gate_without_answer_is_asked_again(verdict: str, tmp_path: Path) -> None:
+    go(tmp_path, verdict=verdict)
+    assert go(tmp_path, verdict="FAIL") == ["gate", "bundle"]
+    assert go(tmp_path) == []
+    assert record(tmp_path)["verdict"] == "FAIL"
+
+
+def test_a_stage_that_fails_leaves_no_results_of_its_own(tmp_path: Path) -> None:
+    go(tmp_path)
+    with pytest.raises(RuntimeError):
+        go(tmp_path, {"gate": "stricter"}, fail="gate")
+    assert "verdict" not in record(tmp_path)
+    assert "profile" in record(tmp_path)["metrics"]
 
 
 def test_a_verdict_does_not_outlive_its_student(tmp_path: Path) -> None:
@@ -271,6 +291,18 @@ def test_no_source_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest
     first = fingerprint("")
     (tmp_path / "new").write_text("x")
     assert fingerprint("") == first == ""
+
+
+def test_a_fingerprint_follows_the_source_of_a_factory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own").mkdir()
+    path = tmp_path / "own" / "models.py"
+    path.write_text("def build(): ...")
+    first = fingerprint("own.models:build")
+    path.write_text("def build(): return 1")
+    assert fingerprint("own.models:build") != first
 
 
 def test_a_name_is_its_own_fingerprint() -> None:

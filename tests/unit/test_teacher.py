@@ -216,6 +216,26 @@ def test_a_runtime_that_computes_something_else_is_not_used(tiny: Tiny, black_bo
     assert teacher.runtime == "torch f32"
 
 
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_file_with_a_fixed_batch_gets_that_many_images(black_box: Path, batch: int, tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(black_box)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    export.save(model, tmp_path / "fixed.onnx")
+    loaded = load(str(tmp_path / "fixed.onnx"))
+    assert loaded.batch == batch
+    found = []
+    for each in (loaded, load(str(black_box))):
+        teacher = teacher_of(each)
+        teacher.batch = each.batch
+        use_fastest_runtime(teacher, inputs(), 1)
+        found.append(teacher.logits(inputs(10)))
+    assert found[0].shape == (10, 4)
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.1)
+
+
 @pytest.mark.parametrize("damage", [b"", b"no model", b"\x08\x01" * 50])
 def test_a_file_that_is_no_onnx_model_is_refused(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "t.onnx").write_bytes(damage)
