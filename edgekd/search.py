@@ -182,7 +182,7 @@ def _infeasible(candidates: list[Candidate], limits: Limits) -> InfeasibleBudget
     if limits.size_mib is not None:
         needs.append(f"--max-size-mib {_round_up(nearest.size_mib)}")
     if limits.macs is not None and nearest.macs > limits.macs:
-        needs.append(f"--set budget.max_macs_ratio={_round_up(nearest.macs / limits.macs)}x the present one")
+        needs.append(f"a budget.max_macs_ratio {_round_up(nearest.macs / limits.macs)} times the present one")
     return InfeasibleBudgetError(
         f"no student of {len(candidates)} meets the budget; the nearest is predicted at {latency}, "
         f"{nearest.size_mib:.3g} MiB, {nearest.macs / 1e6:.3g} MMACs: {binds}",

@@ -149,7 +149,7 @@ def fit(stage: Stage, progress: Progress) -> list[dict[str, float]]:
     average = copy.deepcopy(model)
     optimizer = _optimizer(stage)
     history = _restore(stage, average, optimizer)
-    steps_per_epoch = math.ceil(len(stage.labels) / stage.batch_size)
+    steps_per_epoch = len(_batches(torch.arange(len(stage.labels)), stage.batch_size))
     total = steps_per_epoch * stage.epochs
     with stage.plan.active():
         pace = _Pace(stage.plan)
@@ -162,7 +162,7 @@ def fit(stage: Stage, progress: Progress) -> list[dict[str, float]]:
                 len(stage.labels), generator=torch.Generator().manual_seed((stage.seed << 20) + epoch)
             )
             loss_sum = 0.0
-            for number, index in enumerate(torch.split(order, stage.batch_size)):
+            for number, index in enumerate(_batches(order, stage.batch_size)):
                 step = epoch * steps_per_epoch + number
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * _schedule(step / total, stage.warmup_share)
@@ -189,6 +189,14 @@ def fit(stage: Stage, progress: Progress) -> list[dict[str, float]]:
     # Exporters write stride arithmetic into the graph for weights that are not contiguous.
     model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return history
+
+
+def _batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """Parts of `batch_size`; a last part of one sample joins the part before, for batch norm needs two."""
+    parts = list(torch.split(order, batch_size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
 class _Pace:
