@@ -50,7 +50,7 @@ class BudgetRecipe(_Strict, frozen=True):
     max_latency_ratio: _Positive = 0.75
     max_size_mib: _Positive | None = None
     max_drop_points: _NonNegative = 2.0
-    max_macs_ratio: _Positive = 0.05
+    max_macs_ratio: _Positive = 0.06
 
 
 class SearchRecipe(_Strict, frozen=True):
@@ -66,12 +66,12 @@ class DistillRecipe(_Strict, frozen=True):
     """`method`: terms of `edgekd.distillers`, joined by ``+``. `views`: augmented views of each image."""
 
     method: str = "kd"
-    epochs: _Count = 50
+    epochs: _Count = 32
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 128
     learning_rate: _Positive = 1e-2
     weight_decay: _NonNegative = 5e-2
     ema_decay: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.998
-    views: _Count = 8
+    views: _Count = 4
 
 
 class QuantizeRecipe(_Strict, frozen=True):
@@ -80,7 +80,7 @@ class QuantizeRecipe(_Strict, frozen=True):
     mode: Literal["card", "qat", "ptq", "none"] = "card"
     calibrator: str = "mse"
     calibration_images: Annotated[int, msgspec.Meta(ge=2)] = 512
-    epochs: _Count = 2
+    epochs: _Count = 1
     learning_rate: _Positive = 2e-4
 
 

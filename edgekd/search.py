@@ -148,13 +148,12 @@ def _conclude(candidates: list[Candidate], generation: list[int], limits: Limits
 
 
 def choose(candidates: Sequence[Candidate], score: Sequence[float], rows: Sequence[int]) -> int:
-    """The row with the highest mean rank of score, MACs and parameters.
+    """The row with the highest sum of two ranks: score and MACs.
 
-    Capacity takes part because it is the stronger predictor wherever sizes vary freely; the score decides
+    MACs take part because they are the stronger predictor wherever sizes vary freely; the score decides
     among students of like size (docs/decisions/0002-search-score.md).
     """
-    capacity = _ranks([c.macs for c in candidates]) + _ranks([c.parameters for c in candidates])
-    merit = _ranks(list(score)) + capacity
+    merit = _ranks(list(score)) + _ranks([c.macs for c in candidates])
     return rows[int(np.argmax(merit))]
 
 

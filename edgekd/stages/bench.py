@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 
@@ -89,7 +90,8 @@ class Bench:
                 except UnsupportedModelError as error:
                     self.run.reporter.say(f"the teacher stays in torch: {error.message}")
             teacher.onnx = path if path.exists() else None
-        use_fastest_runtime(teacher, self.validation_inputs[:256], max(1, self.recipe.threads))
+        threads = self.recipe.threads or len(os.sched_getaffinity(0))
+        use_fastest_runtime(teacher, self.validation_inputs[:256], threads)
         return teacher
 
     @cached_property
