@@ -183,7 +183,10 @@ def test_a_student_can_be_exported_and_quantized_for_every_dialect(
             lowered = lower(float_model, parameters_of(quantized, sites), sites, kind, split_relu=split)
             export.save(lowered, tmp_path / "q.onnx")
             session = backend("onnxruntime").open(tmp_path / "q.onnx", optimize=False)  # type: ignore[call-arg]
-            assert top1_agreement(session.run(inputs.numpy()), exact) >= 0.995
+            got = session.run(inputs.numpy())
+            # The logits of an untrained network tie: one image of 64 may flip, but none may move far.
+            assert top1_agreement(got, exact) >= 1 - 1 / len(exact)
+            assert np.abs(got - exact).mean() <= 0.003 * np.ptp(exact)
 
 
 def test_an_unknown_space_is_refused_with_the_nearest_name() -> None:
