@@ -14,11 +14,24 @@ import click
 from edgekd import __version__
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
 
+# What a stage does, and a call that needs nothing but files.
 _STAGE_HELP = {
-    "search": "Search a student for a target, without training.",
-    "distill": "Search if needed, then distill the teacher into the student.",
-    "quantize": "All up to quantization-aware training.",
-    "export": "All up to the ONNX files of each dialect.",
+    "search": (
+        "Search a student for a target, without training.",
+        "--student runs/jetson/2-student.json --target rpi5",
+    ),
+    "distill": (
+        "Search if needed, then distill the teacher into the student.",
+        "--student my.models:student --teacher my.models:build --weights t.safetensors --data images/",
+    ),
+    "quantize": (
+        "All up to quantization-aware training.",
+        "--student runs/jetson/2-student.json --student-weights runs/jetson/3-distilled.safetensors",
+    ),
+    "export": (
+        "All up to the ONNX files of each dialect.",
+        "--student runs/jetson/2-student.json --student-weights runs/jetson/3-distilled.safetensors",
+    ),
 }
 
 
@@ -66,6 +79,8 @@ def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="package.module:factory, timm:NAME, torchvision:NAME, transformers:PATH, FILE.onnx",
         ),
         click.option("--weights", help="The factory's weights: .safetensors, or a plain .pt state dict."),
+        click.option("--student", help="package.module:factory or an earlier 2-student.json; else searched."),
+        click.option("--student-weights", help="The student's float weights: evaluated, not trained."),
         click.option("--data", help="Image folder, .npz file, or a `datasets` folder saved to disk."),
         click.option(
             "--mean", help="The teacher's input mean, per channel, of pixels in 0..1: 0.485,0.456,0.406"
@@ -106,6 +121,7 @@ def _run(last: str, **given: Any) -> None:
 
     keys = {
         "target": "target", "teacher": "teacher.source", "weights": "teacher.weights", "data": "data.source",
+        "student": "search.student", "student_weights": "distill.weights",
         "image_size": "data.image_size", "skip_bad": "data.skip_bad", "method": "distill.method",
         "max_latency_ms": "budget.max_latency_ms", "max_size_mib": "budget.max_size_mib",
         "max_drop": "budget.max_drop_points",
@@ -164,15 +180,20 @@ def compress(**given: Any) -> None:
     _run("bundle", **given)
 
 
-def _add_stage(name: str, text: str) -> None:
-    @cli.command(name, help=f"{text}\n\nExample: edgekd {name} --target jetson --out runs/jetson")
+def _add_stage(name: str, text: str, files: str) -> None:
+    example = (
+        f"\b\nExample: edgekd {name} --target jetson --out runs/jetson\n"
+        f"From files alone: edgekd {name} {files} \\\n             --out runs/mine"
+    )
+
+    @cli.command(name, help=f"{text}\n\n{example}")
     @_recipe_options
     def stage(**given: Any) -> None:
         _run(name, **given)
 
 
-for _name, _text in _STAGE_HELP.items():
-    _add_stage(_name, _text)
+for _name, (_text, _files) in _STAGE_HELP.items():
+    _add_stage(_name, _text, _files)
 
 
 @cli.command()
@@ -220,9 +241,7 @@ def profile(
 @click.option("--threads", default=1, show_default=True, type=int)
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict on stdout as JSON.")
-def gate(
-    candidate: Path, reference: Path, backend: str, threads: int, as_json: bool, **limits: Any
-) -> None:
+def gate(candidate: Path, reference: Path, backend: str, threads: int, as_json: bool, **limits: Any) -> None:
     """Is CANDIDATE slower than the reference? Any two ONNX files with the same input shape.
 
     \b

@@ -97,6 +97,12 @@ class BackendError(EdgekdError):
     exit_code = 20
 
 
+class StudentError(EdgekdError):
+    """The student that the user brings cannot be loaded, or does not fit the data."""
+
+    exit_code = 21
+
+
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> tuple[str, str]:
     """Message and hint for a name that is not in a table, with the nearest known name."""
     names = sorted(known)

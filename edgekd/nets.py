@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.spec import LayerShape
@@ -21,12 +22,37 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network gives: `logits` (N, classes); `embedding` (N, D) is the classifier's input and
-    `features` (N, C, H, W) the last map before pooling. A black-box teacher has logits only."""
+    """What a network gives in one forward pass. A black-box teacher has logits only.
+
+    `logits` (N, classes); `embedding` (N, D), the classifier's input; `features` (N, C, H, W), the last map
+    before pooling; `stages`, the last map of each resolution, the finest first, `features` last;
+    `preactivations`, the same maps before their last ReLU; `tokens`, (N, L, D) of each transformer block;
+    `exits`, further (N, classes) logits of auxiliary heads; `peer`, a second network trained along.
+    """
 
     logits: Tensor
     embedding: Tensor | None = None
     features: Tensor | None = None
+    stages: tuple[Tensor, ...] = ()
+    preactivations: tuple[Tensor, ...] = ()
+    tokens: tuple[Tensor, ...] = ()
+    exits: tuple[Tensor, ...] = ()
+    peer: Outputs | None = None
+
+
+def wide(values: Tensor) -> Tensor:
+    """Half precision as float32: sums need the mantissa."""
+    return values if values.dtype.itemsize >= 4 else values.float()
+
+
+def softened_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """(N,) ``T^2 * KL(softmax(teacher / T) || softmax(student / T))`` of (N, classes) logits.
+
+    No gradient reaches the teacher's logits; one does reach a temperature that is a tensor.
+    """
+    student = F.log_softmax(wide(student_logits) / temperature, 1)
+    teacher = F.log_softmax(wide(teacher_logits).detach() / temperature, 1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2
 
 
 def tapped_forward(model: nn.Module, inputs: Tensor, classes: int) -> Outputs:

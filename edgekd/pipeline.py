@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgekd.distillers import terms
+from edgekd.distillers import methods
 from edgekd.errors import UsageError, unknown_name
 from edgekd.proxies import proxy
 from edgekd.quantize.calibrators import calibrator
@@ -14,8 +14,9 @@ from edgekd.recipe import Recipe, load_recipe
 from edgekd.report import write_reports
 from edgekd.run import STAGES, Reporter, Run, Silent, fingerprint, machine
 from edgekd.spaces import space_names
-from edgekd.stages import bundle, distill, export, gate, profile, quantize, search, teacher
+from edgekd.stages import bundle, distill, export, gate, given, profile, quantize, search, teacher
 from edgekd.stages.bench import Bench
+from edgekd.stages.student import check_given
 from edgekd.target import find_target
 
 
@@ -52,6 +53,7 @@ def run_pipeline(
     if last not in STAGES:
         raise UsageError(*unknown_name("stage", last, STAGES))
     _check_names(recipe)
+    own = check_given(recipe)
     run = Run(folder, recipe, find_target(recipe.target), reporter or Silent())
     bench = Bench(run)
     outside = {
@@ -66,11 +68,16 @@ def run_pipeline(
                 "budget": recipe.budget,
                 "target": run.target,
                 "mode": recipe.quantize.mode,
+                "student": own["student"],
             },
             ("2-student.json",),
-            search.run,
+            given.run if recipe.search.student else search.run,
         ),
-        "distill": ({"distill": recipe.distill}, ("3-distilled.safetensors",), distill.run),
+        "distill": (
+            {"distill": recipe.distill, "weights": own["weights"]},
+            ("3-distilled.safetensors",),
+            distill.run,
+        ),
         "quantize": ({"quantize": recipe.quantize}, (quantize.FILE,), quantize.run),
         "export": ({}, (export.FOLDER,), export.run),
         "profile": ({"profile": recipe.profile, "machine": machine()}, (profile.LOGITS,), profile.run),
@@ -93,7 +100,7 @@ def _check_names(recipe: Recipe) -> None:
     Raises:
         UsageError: names the unknown one and the nearest known one.
     """
-    terms(recipe.distill.method)
+    methods(recipe.distill.method, recipe.distill.options)
     proxy(recipe.search.score)
     calibrator(recipe.quantize.calibrator)
     if recipe.search.space not in space_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,7 +38,8 @@ class DataRecipe(_Strict, frozen=True):
     validation_fraction: _Share = 0.2
     selection_fraction: _Share = 0.04
     image_size: Annotated[int, msgspec.Meta(ge=0)] = 0
-    augment: Literal["crop-flip", "crop", "none"] = "crop"
+    augment: Literal["crop-mix", "crop-flip", "crop", "none"] = "crop-mix"
+    crop_margin: Annotated[int, msgspec.Meta(ge=0)] = 0  # pixels; 0: 1/28 of the image's size
     skip_bad: bool = False
 
 
@@ -54,6 +56,9 @@ class BudgetRecipe(_Strict, frozen=True):
 
 
 class SearchRecipe(_Strict, frozen=True):
+    """`student`: empty to search one; ``package.module:factory`` or a ``2-student.json`` to bring one."""
+
+    student: str = ""
     space: str = "mobile-cnn"
     score: str = "diswot"
     teacher_state: Literal["trained", "random"] = "trained"
@@ -63,15 +68,26 @@ class SearchRecipe(_Strict, frozen=True):
 
 
 class DistillRecipe(_Strict, frozen=True):
-    """`method`: terms of `edgekd.distillers`, joined by ``+``. `views`: augmented views of each image."""
+    """`method`: names of `edgekd.distillers`, joined by ``+``, with `options` by name. `weights`: the given
+    student's, which is then not trained. `views`: augmented views of each image, 0 for new ones every epoch.
+    `milestones`: shares of the run where the rate falls to a tenth, instead of a cosine. `hard_weight`: of
+    the cross-entropy with labels; null is the method's own. Taps: module paths instead of those found."""
 
-    method: str = "kd"
+    weights: str = ""
+    method: str = "dist"
+    options: dict[str, dict[str, Any]] = {}
     epochs: _Count = 32
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 128
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: _Positive = 1e-2
-    weight_decay: _NonNegative = 5e-2
+    milestones: tuple[_Share, ...] = ()
+    weight_decay: _NonNegative = 0.2
     ema_decay: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.998
-    views: _Count = 4
+    hard_weight: _NonNegative | None = None
+    views: Annotated[int, msgspec.Meta(ge=0)] = 8
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+    compile: bool = False
 
 
 class QuantizeRecipe(_Strict, frozen=True):
@@ -108,6 +124,7 @@ class Recipe(_Strict, frozen=True):
     target: str = "jetson"
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: measure at the start and keep the faster number
+    device: Literal["fastest", "cuda", "cpu"] = "fastest"  # of training: a CUDA device where there is one
     teacher: TeacherRecipe = TeacherRecipe()
     data: DataRecipe = DataRecipe()
     budget: BudgetRecipe = BudgetRecipe()
@@ -145,7 +162,16 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     try:
         return msgspec.convert(raw, Recipe, strict=True)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"{where}: {error}", "docs/recipe.md lists every key with its default") from error
+        hint = _number_hint(overrides, str(error)) or "docs/recipe.md lists every key with its default"
+        raise RecipeError(f"{where}: {error}", hint) from error
+
+
+def _number_hint(overrides: dict[str, Any], error: str) -> str:
+    """How TOML writes a number that stayed a text: with digits on both sides of the point."""
+    for key, value in overrides.items():
+        if key in error and isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.|\.\d+)", value):
+            return f"in TOML, '{value}' is a text; write the number as {key}={float(value)!r}"
+    return ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -177,6 +203,8 @@ def _toml_value(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return msgspec.json.encode(value).decode()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

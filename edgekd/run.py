@@ -21,6 +21,7 @@ from edgekd.recipe import Recipe, to_toml
 from edgekd.target import Target
 
 STAGES = ("teacher", "search", "distill", "quantize", "export", "profile", "gate", "bundle")
+_LIBRARIES = ("timm", "torchvision", "transformers")  # forms of a teacher whose rest is a name or a folder
 _VERDICTS = ("gate", "verdict", "bundle")  # results that stand beside the metrics
 
 
@@ -48,7 +49,14 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, target: Target, reporter: Reporter) -> None:
         self.folder, self.recipe, self.target, self.reporter = folder, recipe, target, reporter
         self._path = folder / "record.json"
-        self.record: dict[str, Any] = read_json(self._path) if self._path.exists() else {}
+        self._environment = environment()
+        self.record: dict[str, Any] = {}
+        self._read()
+
+    def _read(self) -> None:
+        """What earlier starts left in the record, under the names of this one."""
+        recipe, target = self.recipe, self.target
+        self.record = read_json(self._path) if self._path.exists() else {}
         self.record |= {
             "edgekd_version": __version__,
             "created": self.record.get("created")
@@ -63,14 +71,14 @@ class Run:
                 "dialect": target.quant.dialect,
                 "unverified": self.record.get("target", {}).get("unverified", []),
             },
-            "environment": environment(),
+            "environment": self._environment,
         }
         for key in ("stages", "metrics"):
             self.record.setdefault(key, {})
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder against a second process.
+        """Hold the folder against a second process; the record is read again once it is held.
 
         Raises:
             StorageError: the folder cannot be written, or another process works in it.
@@ -89,6 +97,7 @@ class Run:
                 raise StorageError(
                     f"another process works in {self.folder}", "wait for it, or choose another --out FOLDER"
                 ) from error
+            self._read()
             write_text(self.folder / "recipe.toml", to_toml(self.recipe))
             yield
 
@@ -165,19 +174,28 @@ def machine() -> dict[str, object]:
     return {"cpu": here["cpu"], "packages": here["packages"]}
 
 
-def _module_file(name: str) -> Path | None:
-    """The source file of a module a teacher factory lives in, found without importing it."""
-    parts = name.split(".")
-    tails = [Path(*parts).with_suffix(".py"), Path(*parts, "__init__.py")]
-    found = (Path(entry or ".") / tail for entry in ("", *sys.path) for tail in tails)
-    return next((path for path in found if path.is_file()), None)
+def _sources(module: str) -> dict[str, Path]:
+    """The source files behind a factory's module, found without importing it: its own, and with a package
+    all of the package."""
+    parts = module.split(".")
+    tails = (Path(*parts).with_suffix(".py"), Path(*parts, "__init__.py"))
+    for entry in (Path(folder or ".") for folder in ("", *sys.path)):
+        own = next((tail for tail in tails if (entry / tail).is_file()), None)
+        if own is not None:
+            package = entry / parts[0]
+            files = sorted(package.rglob("*.py")) if own != tails[0] or parts[1:] else [entry / own]
+            return {str(file.relative_to(entry)): file for file in files}
+    return {}
 
 
 def fingerprint(source: str) -> str:
-    """Tells whether an outside file or folder changed: a file's contents, a folder's names, sizes, times."""
-    module, colon, _ = source.partition(":")
-    if colon and (file := _module_file(module)) is not None:
-        return sha256_file(file)
+    """Tells whether an outside file or folder changed: a file's contents, a folder's names, sizes, times; of
+    a factory, the contents of its module or package."""
+    module, colon, rest = source.partition(":")
+    if colon and module in _LIBRARIES:
+        return f"{module}:{fingerprint(rest)}"
+    if colon and (sources := _sources(module)):
+        return sha256_json({name: sha256_file(file) for name, file in sources.items()})
     path = Path(source).expanduser()
     if not source:  # an empty path would mean the current folder
         return ""

@@ -1,17 +1,12 @@
 """Stage 1: load a teacher and find out whether it knows this data.
 
-A teacher is data unless the user names a factory: weights are read from safetensors or with
-``weights_only=True``, and a pickle with code in it is refused.
+A teacher is data unless the user names a factory (`edgekd.user_model`).
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
 import math
-import pickle
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +23,7 @@ from edgekd.nets import Outputs, count_macs, count_parameters, tapped_forward
 from edgekd.recipe import TeacherRecipe
 from edgekd.spec import ModelSpec
 from edgekd.tasks.classification import top1_agreement
+from edgekd.user_model import TEACHER, from_factory, load_weights, read_state
 
 log = logging.getLogger(__name__)
 Array = NDArray[np.float32]
@@ -109,7 +105,7 @@ def load_teacher(recipe: TeacherRecipe, classes: int | None = None) -> LoadedTea
     if prefix in loaders and name:
         return loaders[prefix](name, recipe)
     if name:
-        return _factory(prefix, name, recipe)
+        return _factory(recipe)
     raise TeacherError(
         f"teacher '{source}' is none of the known forms",
         "use package.module:factory, timm:NAME, torchvision:NAME, transformers:PATH or a .onnx file",
@@ -121,82 +117,17 @@ def _demo() -> LoadedTeacher:
 
     path = demo_folder() / "teacher.safetensors"
     model = DemoTeacher()
-    _load_weights(model, path)
+    load_weights(model, path, TEACHER)
     return LoadedTeacher(
         model.eval(), None, sha256_file(path), _float_mib(model), (0.2860,), (0.3530,), (28, 28), 1
     )
 
 
-def _factory(module_name: str, attribute: str, recipe: TeacherRecipe) -> LoadedTeacher:
-    """A callable without required arguments (or a module) that the user names; this runs the user's code."""
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        made = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        raise TeacherError(
-            f"teacher '{module_name}:{attribute}': {error}",
-            "run from the folder that holds the package, or install it",
-        ) from error
-    except AttributeError as error:
-        raise TeacherError(f"teacher '{module_name}:{attribute}': {error}") from error
-    if inspect.isclass(made) or not isinstance(made, nn.Module):
-        try:
-            made = made()
-        except TypeError as error:
-            raise TeacherError(
-                f"teacher factory '{module_name}:{attribute}': {error}",
-                "factories are called without arguments",
-            ) from error
-    if not isinstance(made, nn.Module):
-        raise TeacherError(
-            f"teacher factory '{module_name}:{attribute}' returned {type(made).__name__}, "
-            "expected torch.nn.Module"
-        )
+def _factory(recipe: TeacherRecipe) -> LoadedTeacher:
+    model = from_factory(recipe.source, TEACHER)
     if recipe.weights:
-        _load_weights(made, Path(recipe.weights))
-    return LoadedTeacher(made.eval(), None, _module_digest(made), _float_mib(made))
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    state = _read_state(path)
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise TeacherError(f"weights {path} do not fit the model: {error}") from error
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise TeacherError(f"weights {path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(path))
-        except SafetensorError as error:
-            raise TeacherError(
-                f"weights {path}: {error}", "the file is damaged or not safetensors"
-            ) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split(".")[0]
-        raise TeacherError(
-            f"weights {path}: refused, the pickle holds more than tensors ({reason})",
-            "store a plain state dict: "
-            "safetensors.torch.save_file(model.state_dict(), 'teacher.safetensors')",
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise TeacherError(f"weights {path}: {error}", "the file is damaged") from error
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise TeacherError(f"weights {path}: expected a state dict of tensors, got {type(loaded).__name__}")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+        load_weights(model, Path(recipe.weights), TEACHER)
+    return LoadedTeacher(model.eval(), None, _module_digest(model), _float_mib(model))
 
 
 def _timm(name: str, recipe: TeacherRecipe) -> LoadedTeacher:
@@ -213,7 +144,7 @@ def _timm(name: str, recipe: TeacherRecipe) -> LoadedTeacher:
             f"teacher 'timm:{name}': {error}", "timm.list_models() names the known ones"
         ) from error
     if recipe.weights:
-        _load_weights(model, Path(recipe.weights))
+        load_weights(model, Path(recipe.weights), TEACHER)
     config = model.pretrained_cfg
     channels, *size = config["input_size"]
     return LoadedTeacher(
@@ -239,7 +170,7 @@ def _torchvision(name: str, recipe: TeacherRecipe) -> LoadedTeacher:
     except (ValueError, OSError, RuntimeError) as error:
         raise TeacherError(f"teacher 'torchvision:{name}': {error}") from error
     if recipe.weights:
-        _load_weights(model, Path(recipe.weights))
+        load_weights(model, Path(recipe.weights), TEACHER)
     size = transforms.crop_size[0]
     return LoadedTeacher(
         model.eval(), None, _module_digest(model), _float_mib(model),
@@ -249,7 +180,7 @@ def _torchvision(name: str, recipe: TeacherRecipe) -> LoadedTeacher:
 
 def _stored_classes(classifier: str, weights: str) -> int:
     """How many classes the classifier layer of a stored state dict has."""
-    state, key = _read_state(Path(weights)), f"{classifier}.weight"
+    state, key = read_state(Path(weights), TEACHER), f"{classifier}.weight"
     if key not in state:
         raise TeacherError(f"weights {weights}: no tensor '{key}', the classifier of this architecture")
     return len(state[key])

@@ -1,59 +1,191 @@
-"""One transfer method a file. A method is a term of the loss with its published default weights."""
+"""One transfer method a file. A method uses some of six parts: taps, target, term, wrap, data policy, stages.
+
+Everything here runs inside captured CUDA graphs too: no shapes that depend on values (no boolean-mask
+indexing), no ``.item()``, and what changes from step to step is read from the tensors of `Context`.
+"""
 
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from edgekd.errors import UsageError, unknown_name
-from edgekd.nets import Outputs
+from edgekd.nets import Batch, Outputs
 
 _TABLE = {
     "kd": "edgekd.distillers.kd:Kd",
     "lskd": "edgekd.distillers.lskd:Lskd",
     "dkd": "edgekd.distillers.dkd:Dkd",
     "dist": "edgekd.distillers.dist:Dist",
+    "ctkd": "edgekd.distillers.ctkd:Ctkd",
+    "mlkd": "edgekd.distillers.mlkd:Mlkd",
+    "ssld": "edgekd.distillers.ssld:Ssld",
+    "taid": "edgekd.distillers.taid:Taid",
+    "pskd": "edgekd.distillers.pskd:Pskd",
+    "gate": "edgekd.distillers.gate:Gate",
+    "swing": "edgekd.distillers.swing:Swing",
+    "slices": "edgekd.distillers.slices:Slices",
+    "ensemble": "edgekd.distillers.ensemble:Ensemble",
 }
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks for; checked before training."""
+    """What a method asks for; checked before training.
+
+    `teacher`, `student`: names of `edgekd.taps.TAPS`; an empty `teacher` is a method without one.
+    `input_gradient`: the loss is differentiated through the teacher down to its input.
+    `mixable`: its targets stay right for images that are mixtures of two (labels are of the stronger one).
+    """
 
     teacher: tuple[str, ...] = ("logits",)
     student: tuple[str, ...] = ("logits",)
-    labels: Literal["none", "required"] = "none"
+    labels: bool = False
+    input_gradient: bool = False
+    mixable: bool = True
+
+    @property
+    def torch_teacher(self) -> bool:
+        """Whether logits computed elsewhere, or before, are not enough."""
+        return self.input_gradient or any(tap != "logits" for tap in self.teacher)
 
 
-class Term(Protocol):
-    """A transfer loss. `weight` and `hard_weight` (of the cross-entropy with labels) are published values."""
+@dataclass(frozen=True)
+class Setting:
+    """What is known before the first step. `labels` int64 (samples,), -1 where a sample has none."""
 
-    needs: Needs
-    weight: float
-    hard_weight: float
-
-    def __call__(self, student: Outputs, teacher: Outputs, labels: Tensor, epoch: int) -> Tensor:
-        """Mean over the batch, a float32 (or float64) scalar."""
+    samples: int
+    classes: int
+    labels: Tensor
+    seed: int
 
 
-def terms(method: str) -> tuple[Term, ...]:
-    """The terms of a method such as ``dist`` or ``kd+dkd``.
+@dataclass
+class Context:
+    """Where training is. `epoch` and `step` are 0-dim float32 tensors on the device, counting from 0;
+    `epochs` and `steps` are the totals. `generator` is the only source of randomness."""
+
+    epoch: Tensor
+    step: Tensor
+    epochs: int
+    steps: int
+    generator: torch.Generator
+
+
+class Distiller(nn.Module):
+    """Base of all methods; parameters created in `build` are trained with the student and then dropped.
+
+    `weight` multiplies the term, `hard_weight` the cross-entropy with the labels beside it: published values.
+    """
+
+    needs: Needs = Needs()  # of the class; an option may change it for one instance
+    weight: float = 1.0
+    hard_weight: float = 1.0
+
+    def build(self, student: Outputs, teacher: Outputs, setting: Setting) -> None:
+        """Create adapters and stores for the shapes of these example outputs."""
+
+    def wrap(self, student: nn.Module, outputs: Outputs, teacher: nn.Module | None) -> nn.Module:
+        """The student as it is trained: a module from inputs to `Outputs` with a method ``deploy()`` that
+        gives the exportable network. `student` is such a module, `outputs` an example of what it gives."""
+        return student
+
+    def augment(self, batch: Batch, student: nn.Module, teacher: nn.Module | None, context: Context) -> Batch:
+        """The data policy: the batch that the student sees."""
+        return batch
+
+    def target(self, student: Outputs, teacher: Outputs, batch: Batch, context: Context) -> Outputs:
+        """The teacher's outputs as the terms shall see them."""
+        return teacher
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, context: Context) -> Tensor:
+        """The term: mean over the batch, a float32 (or float64) scalar."""
+        return student.logits.new_zeros((), dtype=torch.float32)
+
+    def after_step(self, loss: Tensor, context: Context) -> None:
+        """Called after the optimiser; `loss` is the detached value of this term."""
+
+
+def methods(method: str, options: dict[str, dict[str, Any]] | None = None) -> tuple[Distiller, ...]:
+    """The parts of a method such as ``dist`` or ``dkd+fitnet``, with options by name.
+
+    An option is an argument of the method's class, or ``weight`` or ``hard_weight``.
 
     Raises:
-        UsageError: a name is not in the table.
+        UsageError: a name is not in the table, or an option not one of the method.
     """
-    made: list[Term] = []
-    for name in method.split("+"):
+    options = options or {}
+    names = method.split("+")
+    for name in names:
         if name not in _TABLE:
             raise UsageError(*unknown_name("distillation method", name, _TABLE))
-        module, _, attribute = _TABLE[name].partition(":")
-        made.append(getattr(importlib.import_module(module), attribute)())
-    return tuple(made)
+    for name in options:
+        if name not in names:
+            raise UsageError(f"distill.options names '{name}', the method is '{method}'")
+    return tuple(_make(name, options.get(name, {})) for name in names)
+
+
+def plain(name: str) -> bool:
+    """Whether a method neither wraps the student nor changes the data: a term or a target only."""
+    made_by = method_class(name)
+    return made_by.wrap is Distiller.wrap and made_by.augment is Distiller.augment
+
+
+def method_class(name: str) -> type[Distiller]:
+    """The class behind a name of the table."""
+    module, _, attribute = _TABLE[name].partition(":")
+    found: type[Distiller] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def _make(name: str, options: dict[str, Any]) -> Distiller:
+    made_by = method_class(name)
+    known = {"weight", "hard_weight", *inspect.signature(made_by).parameters}
+    for option in options:
+        if option not in known:
+            raise UsageError(*unknown_name(f"option of method {name}:", option, sorted(known)))
+    weights = {key: float(options[key]) for key in ("weight", "hard_weight") if key in options}
+    made = made_by(**{key: value for key, value in options.items() if key not in weights})
+    for key, value in weights.items():
+        setattr(made, key, value)
+    return made
 
 
 def distiller_names() -> tuple[str, ...]:
     """Names of all methods."""
     return tuple(_TABLE)
+
+
+def refuse_unmet(
+    distillers: Sequence[Distiller], *, teacher_taps: Sequence[str], student_taps: Sequence[str], labels: bool
+) -> None:
+    """Check every need before training. `teacher_taps` is ("logits",) for a black box.
+
+    Raises:
+        UsageError: names the need that is not met and the methods that fit.
+    """
+
+    def unmet(needs: Needs) -> str:
+        for owner, wanted, given in (
+            ("teacher", needs.teacher, teacher_taps),
+            ("student", needs.student, student_taps),
+        ):
+            for tap in wanted:
+                if tap not in given:
+                    return f"the {owner}'s {tap}; it gives {', '.join(given) or 'nothing'}"
+        if needs.input_gradient and tuple(teacher_taps) == ("logits",):
+            return "gradients through the teacher, which a black box does not give"
+        return "labels, and these samples have none" if needs.labels and not labels else ""
+
+    for distiller in distillers:
+        reason = unmet(distiller.needs)
+        if reason:
+            name = next(n for n in _TABLE if method_class(n) is type(distiller))
+            fit = [n for n in _TABLE if not unmet(method_class(n).needs)]
+            raise UsageError(f"method '{name}' needs {reason}", f"methods that fit: {', '.join(fit)}")

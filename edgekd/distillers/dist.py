@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgekd.distillers import Needs
-from edgekd.nets import Outputs
+from edgekd.distillers import Context, Distiller
+from edgekd.nets import Batch, Outputs, wide
 
 
 def _one_minus_pearson(a: Tensor, b: Tensor) -> Tensor:
@@ -24,22 +24,22 @@ def dist_loss(
     Logits are (N, classes). The factor T^2 follows the published code; as the correlation tends to a
     constant for large T, the loss grows with T (rescale the weight when changing T).
     """
-    wide = [z if z.dtype.itemsize >= 4 else z.float() for z in (student_logits, teacher_logits.detach())]
-    student, teacher = (torch.softmax(z / temperature, 1) for z in wide)
+    both = [wide(z) for z in (student_logits, teacher_logits.detach())]
+    student, teacher = (torch.softmax(z / temperature, 1) for z in both)
     between = _one_minus_pearson(student, teacher)
     within = _one_minus_pearson(student.T, teacher.T)
     return (beta * between + gamma * within) * temperature**2
 
 
-class Dist:
+class Dist(Distiller):
     """Beta and gamma 2, temperature 4, weight 1 beside the labels (the paper's CIFAR setting)."""
 
-    needs = Needs()
     weight = 1.0
     hard_weight = 1.0
 
     def __init__(self, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0) -> None:
+        super().__init__()
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
-    def __call__(self, student: Outputs, teacher: Outputs, labels: Tensor, epoch: int) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, context: Context) -> Tensor:
         return dist_loss(student.logits, teacher.logits, self.beta, self.gamma, self.temperature)

@@ -5,31 +5,26 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Needs
-from edgekd.nets import Outputs
+from edgekd.distillers import Context, Distiller
+from edgekd.nets import Batch, Outputs, wide
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """``T^2 * mean_n KL(softmax(teacher / T) || softmax(student / T))``, (N, classes); 0 at identity."""
-    student = F.log_softmax(_wide(student_logits) / temperature, 1)
-    teacher = F.log_softmax(_wide(teacher_logits).detach() / temperature, 1)
+    student = F.log_softmax(wide(student_logits) / temperature, 1)
+    teacher = F.log_softmax(wide(teacher_logits).detach() / temperature, 1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Half-precision logits in float32: sums over classes need the mantissa."""
-    return logits if logits.dtype.itemsize >= 4 else logits.float()
-
-
-class Kd:
+class Kd(Distiller):
     """Temperature 4, weights 0.1 (labels) and 0.9: the defaults of the CRD code base (arXiv:1910.10699)."""
 
-    needs = Needs()
     weight = 0.9
     hard_weight = 0.1
 
     def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
         self.temperature = temperature
 
-    def __call__(self, student: Outputs, teacher: Outputs, labels: Tensor, epoch: int) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, context: Context) -> Tensor:
         return kd_loss(student.logits, teacher.logits, self.temperature)

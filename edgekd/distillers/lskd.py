@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Needs
-from edgekd.nets import Outputs
+from edgekd.distillers import Context, Distiller
+from edgekd.nets import Batch, Outputs, wide
 
 
 def standardise(logits: Tensor) -> Tensor:
     """Per sample: minus the mean over classes, over the unbiased standard deviation (plus 1e-7)."""
-    wide = logits if logits.dtype.itemsize >= 4 else logits.float()
-    return (wide - wide.mean(1, keepdim=True)) / (wide.std(1, keepdim=True) + 1e-7)
+    logits = wide(logits)
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
 def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -22,15 +22,15 @@ def lskd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-class Lskd:
+class Lskd(Distiller):
     """Temperature 2, weights 0.1 (labels) and 9, as the authors' CIFAR-100 configurations."""
 
-    needs = Needs()
     weight = 9.0
     hard_weight = 0.1
 
     def __init__(self, temperature: float = 2.0) -> None:
+        super().__init__()
         self.temperature = temperature
 
-    def __call__(self, student: Outputs, teacher: Outputs, labels: Tensor, epoch: int) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch, context: Context) -> Tensor:
         return lskd_loss(student.logits, teacher.logits, self.temperature)

@@ -160,13 +160,15 @@ def headline_figures(record: Record) -> list[Figure]:
     search = dig(metrics, "search")
     chosen = number(search, "chosen")
     candidates = rows(search, "candidates")
-    if chosen is not None and 0 <= chosen < len(candidates):
-        value = number(candidates[int(chosen)], "latency_ms")
+    given = dig(search, "given")
+    if given or (chosen is not None and 0 <= chosen < len(candidates)):
+        value = number(given or candidates[int(chosen or 0)], "latency_ms")
         error = number(search, "cost_model", "error_percent")
         basis = f"cost model {text(search, 'cost_model', 'kind')}, " + (
             f"error about {facts.significant(error, 2)} %" if error is not None else "error not known"
         )
-        add("latency of the chosen candidate", value, facts.milliseconds(value), basis, facts.PREDICTED)
+        name = "latency of the given student" if given else "latency of the chosen candidate"
+        add(name, value, facts.milliseconds(value), basis, facts.PREDICTED)
     value = number(search, "latency_measured_ms")
     add(
         "latency of the chosen candidate, float",

@@ -78,9 +78,11 @@ def search_section(record: Record) -> Markup:
     measured = number(search, "latency_measured_ms")
     budget = [f"{name} ≤ {show(value)}" for key, name, show in _BUDGET
               if (value := number(search, "budget", key)) is not None]  # fmt: skip
-    evaluated, dropped = number(search, "evaluated"), number(search, "dropped")
+    given = dig(search, "given")
+    evaluated, dropped = (None, None) if given else (number(search, k) for k in ("evaluated", "dropped"))
     seconds = number(search, "seconds")
     described = [
+        ("student", _given(given) if given else ""),
         ("evaluated", f"{facts.count(evaluated)} candidates"
             + (f" in {facts.duration(seconds)}" if seconds is not None else "")
             + (f", {dropped:.0f} dropped" if dropped else "") if evaluated is not None else ""),
@@ -96,6 +98,19 @@ def search_section(record: Record) -> Markup:
     return join((_pairs([(name, value) for name, value in described]), charts.search_scatter(record)))
 
 
+def _given(given: Record) -> str:
+    """A student that was not searched: from where, what it costs, and how far that is beyond the budget."""
+    excess = dig(given, "excess")
+    beyond = ", ".join(f"{name} by {facts.percent(number(excess, name), 0)}" for name in excess or {})
+    latency, reason = number(given, "latency_ms"), text(given, "reason")
+    return (
+        f"given, not searched: {text(given, 'source')}; {facts.count(number(given, 'parameters'))} parameters, "
+        f"{facts.count(number(given, 'macs'))} MACs, {facts.size(number(given, 'size_mib'))}, predicted latency "
+        + (facts.milliseconds(latency) if latency is not None else f"unknown: {reason or facts.NO_REASON}")
+        + (f". Beyond the budget of a search: {beyond}" if beyond else "")
+    )
+
+
 def training_section(record: Record) -> Markup:
     """Distillation and quantization-aware training."""
     distill = dig(record, "metrics", "distill")
@@ -105,6 +120,7 @@ def training_section(record: Record) -> Markup:
     student = dig(record, "metrics", "student_float")
     described: list[tuple[str, object]] = [
         ("distillation method", text(distill, "method")),
+        ("weights", f"given, not trained: {given}" if (given := text(distill, "weights", "source")) else ""),
         ("training ran as", text(distill, "probe", "chosen")),
         ("student", f"{facts.count(number(student, 'parameters'))} parameters, "
             f"{facts.count(number(student, 'macs'))} MACs, {facts.size(number(student, 'size_mib'))} in "

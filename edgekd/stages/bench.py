@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from functools import cached_property
@@ -12,17 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from edgekd import export
-from edgekd.errors import DataError, UnsupportedModelError
-from edgekd.files import read_json, sha256_json
+from edgekd.distillers import plain
+from edgekd.errors import DataError, UnsupportedModelError, UsageError
+from edgekd.files import sha256_json
 from edgekd.quantize.capture import capture
 from edgekd.run import Run
 from edgekd.sources import Dataset, load_dataset
 from edgekd.sources.dataset import stratified_split
 from edgekd.spaces import Genome, SearchSpace, search_space
 from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.stages.lesson import Classroom, prepare
+from edgekd.stages.student import Blueprint, read_blueprint
 from edgekd.tasks.classification import normalise, to_tensor
 from edgekd.teacher import LoadedTeacher, Teacher, load_teacher, use_fastest_runtime
-from edgekd.train import CachedTeacher, Views
+from edgekd.user_model import STUDENT, from_factory, load_weights
+from edgekd.views import Views
 
 Array = NDArray[np.float32]
 
@@ -125,31 +130,68 @@ class Bench:
 
     @cached_property
     def views(self) -> Views:
+        return self.views_on("cpu")
+
+    def views_on(self, device: str) -> Views:
+        """The views of the training images, in the memory of a device."""
         images = to_tensor(self.data.train_images[self.split[0].numpy()])
-        data, distill = self.recipe.data, self.recipe.distill
-        return Views(images, self.spec.preprocessing, data.augment, distill.views, self.recipe.seed)
+        data, views = self.recipe.data, self.recipe.distill.views
+        margin = data.crop_margin or None
+        return Views(images, self.spec.preprocessing, data.augment, views, self.recipe.seed, device, margin)
 
     @cached_property
-    def targets(self) -> CachedTeacher:
-        return CachedTeacher(self.teacher.logits, self.views)
+    def device(self) -> str:
+        """Where training runs: a CUDA device where there is one, unless the recipe says otherwise."""
+        wanted = self.recipe.device
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device 'cuda': torch sees no CUDA device here", "--set device=cpu")
+        return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
     @cached_property
     def space(self) -> SearchSpace:
+        """The space that is searched, restricted by the card."""
+        return self.space_of(Blueprint(space=self.recipe.search.space))
+
+    def space_of(self, blueprint: Blueprint) -> SearchSpace:
+        """The space a genome belongs to: with the restrictions it was found under, else those of the card."""
         restrictions = self.run.target.space
-        multiple = int(float(restrictions.channel_multiple.value))
-        return search_space(self.recipe.search.space, self.spec, multiple, restrictions.kernels)
+        multiple = blueprint.channel_multiple or int(float(restrictions.channel_multiple.value))
+        return search_space(
+            blueprint.space, self.spec, multiple, blueprint.kernels or tuple(restrictions.kernels)
+        )
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """The student that the search chose, or that was given."""
+        return read_blueprint(self.run.folder / "2-student.json")
 
     @property
     def genome(self) -> Genome:
-        """The student that the search chose."""
-        return tuple(read_json(self.run.folder / "2-student.json")["genome"])
+        """The student that the search chose; empty for one that a factory makes."""
+        return self.blueprint.genome
+
+    def untrained(self, blueprint: Blueprint) -> nn.Module:
+        """The network of a blueprint with fresh weights, the same ones for the same seed."""
+        if not blueprint.factory:
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            return self.space_of(blueprint).build(blueprint.genome, generator)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)  # a factory draws from the global generator
+            return copy.deepcopy(from_factory(blueprint.factory, STUDENT))  # it may name a module
+
+    @property
+    def classroom(self) -> Classroom:
+        """What a student's lesson is planned from."""
+        mixes = self.recipe.data.augment == "crop-mix"
+        recipe, labels = self.recipe.distill, self.labels
+        return Classroom(recipe, self.teacher, self.spec, labels, self.recipe.seed, mixes)
 
     def student(self) -> nn.Module:
-        """The chosen student with its distilled weights."""
-        from safetensors.torch import load_file
-
-        model = self.space.build(self.genome, torch.Generator().manual_seed(self.recipe.seed))
-        model.load_state_dict(load_file(self.run.folder / "3-distilled.safetensors"))
+        """The chosen student with its distilled weights, and with what its method keeps at inference."""
+        model = self.untrained(self.blueprint)
+        if not self.recipe.distill.weights and not all(map(plain, self.recipe.distill.method.split("+"))):
+            model = prepare(self.classroom, model).deploy()
+        load_weights(model, self.run.folder / "3-distilled.safetensors", STUDENT)
         return model.eval()
 
     @cached_property

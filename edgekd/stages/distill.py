@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from edgekd.distillers import terms
-from edgekd.files import sha256_json, write_atomic
+from edgekd.files import read_json, sha256_file, sha256_json, write_atomic
 from edgekd.nets import count_macs, count_parameters
+from edgekd.plan import Plan, probe
 from edgekd.stages.bench import Bench
+from edgekd.stages.lesson import prepare, teacher_for
 from edgekd.tasks.classification import accuracy, expected_calibration_error, top1_agreement
-from edgekd.train import Plan, Stage, evaluate, fit, load_checkpoint, probe
+from edgekd.train import Stage, evaluate, fit, load_checkpoint
+from edgekd.user_model import STUDENT, load_weights
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """Metrics `distill` and `student_float`; leaves ``3-distilled.safetensors``."""
-    from safetensors.torch import save_file
-
+    """Metrics `distill` and `student_float`; leaves ``3-distilled.safetensors``. Weights that are given are
+    not trained."""
     recipe = bench.recipe.distill
-    student = bench.space.build(bench.genome, torch.Generator().manual_seed(bench.recipe.seed))
+    student = bench.untrained(bench.blueprint)
+    if recipe.weights:
+        path = Path(recipe.weights).expanduser()
+        load_weights(student, path, STUDENT)
+        bench.run.reporter.say(f"  weights given, not trained: {path}")
+        given = {"source": recipe.weights, "sha256": sha256_file(path)}
+        return _finish(bench, student, {"method": None, "weights": given, "probe": None, "history": []})
+    lesson = prepare(bench.classroom, student)
     plan, rates = choose_plan(bench, student)
     bench.run.reporter.say(f"  training in {plan}: " + ", ".join(f"{k} {v:.0f}/s" for k, v in rates.items()))
+    views = bench.views_on(plan.device)
     history = fit(
         Stage(
             name="distill",
-            model=student,
-            views=bench.views,
+            model=lesson.model,
+            views=views,
             labels=bench.labels,
-            teacher=bench.targets,
-            terms=terms(recipe.method),
+            teacher=teacher_for(bench.classroom, lesson, views, plan),
+            distillers=lesson.distillers,
             epochs=recipe.epochs,
             batch_size=recipe.batch_size,
             learning_rate=recipe.learning_rate,
@@ -40,21 +51,30 @@ def run(bench: Bench) -> dict[str, Any]:
             plan=plan,
             checkpoint=bench.run.folder / "checkpoints" / f"distill-{_key(bench)}.pt",
             selection=bench.selection,
+            optimizer=recipe.optimizer,
+            milestones=recipe.milestones,
+            hard_weight=recipe.hard_weight,
         ),
         bench.run.reporter.step,
     )
-    state = {name: value.contiguous() for name, value in student.state_dict().items()}
+    student = lesson.deploy()
+    probed = {"chosen": str(plan), "images_per_second": rates}
+    return _finish(bench, student, {"method": recipe.method, "probe": probed, "history": history})
+
+
+def _finish(bench: Bench, student: torch.nn.Module, distilled: dict[str, Any]) -> dict[str, Any]:
+    """Write the weights and measure the float student; `distilled` is how it came by them."""
+    from safetensors.torch import save_file
+
+    # Copies, because the file format refuses tensors that share memory.
+    state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in student.state_dict().items()}
     write_atomic(bench.run.folder / "3-distilled.safetensors", lambda path: save_file(state, path))
     logits = evaluate(student, bench.validation_inputs).numpy()
     labels = bench.data.validation_labels
     right = accuracy(logits, labels)
     bench.run.reporter.say(f"  student in float: {100 * right:.2f} %")
     return {
-        "distill": {
-            "method": recipe.method,
-            "probe": {"chosen": str(plan), "images_per_second": rates},
-            "history": history,
-        },
+        "distill": distilled,
         "student_float": {
             "accuracy": right,
             "parameters": count_parameters(student),
@@ -66,7 +86,7 @@ def run(bench: Bench) -> dict[str, Any]:
                 np.mean((bench.teacher_logits.argmax(1) == labels) & (logits.argmax(1) != labels))
             ),
             "genome": list(bench.genome),
-            "architecture": list(bench.space.describe(bench.genome)),
+            "architecture": read_json(bench.run.folder / "2-student.json")["architecture"],
         },
     }
 
@@ -84,5 +104,6 @@ def choose_plan(bench: Bench, student: torch.nn.Module) -> tuple[Plan, dict[str,
     stored = load_checkpoint(bench.run.folder / "checkpoints" / f"distill-{_key(bench)}.pt")
     if stored is not None:
         return Plan(**stored["plan"]), {}
-    inputs = bench.views.batch(0, torch.arange(min(bench.recipe.distill.batch_size, len(bench.views))))
-    return probe(student, inputs, bench.recipe.threads)
+    inputs = bench.views.batch(torch.arange(min(bench.recipe.distill.batch_size, len(bench.views))))
+    plan, rates = probe(student, inputs, bench.recipe.threads, device=bench.device)
+    return replace(plan, compiled=bench.recipe.distill.compile), rates

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from edgekd.distillers import terms
+from edgekd.distillers import Distiller, method_class, methods, plain
+from edgekd.errors import StorageError
 from edgekd.files import sha256_json, write_atomic, write_bytes
+from edgekd.plan import Plan, probe
 from edgekd.quantize.fakequant import (
     Origin,
     QuantizedParameters,
@@ -27,7 +29,8 @@ from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
 from edgekd.stages.bench import Bench
 from edgekd.stages.search import quantize_mode
 from edgekd.tasks.classification import accuracy, normalise, to_tensor
-from edgekd.train import CachedTeacher, Plan, Stage, Views, evaluate, fit, load_checkpoint, probe
+from edgekd.train import Stage, evaluate, fit, load_checkpoint
+from edgekd.views import CachedTeacher, Views
 
 FILE = "4-quantized.safetensors"
 
@@ -120,7 +123,7 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
     if stored is not None:
         plan = Plan(**stored["plan"])
     else:
-        inputs = bench.views.batch(0, torch.arange(min(distill.batch_size, len(bench.views))))
+        inputs = bench.views.batch(torch.arange(min(distill.batch_size, len(bench.views))))
         plan, _ = probe(graph, inputs, bench.recipe.threads, allow_bfloat16=False)
     images = to_tensor(bench.data.train_images[bench.split[0].numpy()])
     views = Views(images, bench.spec.preprocessing, "none", 1, bench.recipe.seed)
@@ -131,7 +134,8 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
             views=views,
             labels=bench.labels,
             teacher=CachedTeacher(bench.teacher.logits, views),
-            terms=terms(distill.method),
+            distillers=logit_methods(bench),
+            hard_weight=distill.hard_weight,
             epochs=recipe.epochs,
             batch_size=distill.batch_size,
             learning_rate=recipe.learning_rate,
@@ -145,6 +149,18 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
         bench.run.reporter.step,
     )
     return graph, history
+
+
+def logit_methods(bench: Bench) -> tuple[Distiller, ...]:
+    """The recipe's methods that need nothing but logits, which a fake-quantized graph gives; else DIST."""
+    distill = bench.recipe.distill
+    kept = [
+        name
+        for name in distill.method.split("+")
+        if method_class(name).needs.teacher == ("logits",) and plain(name)
+    ] or ["dist"]
+    options = {name: value for name, value in distill.options.items() if name in kept}
+    return methods("+".join(kept), options)
 
 
 def _save(path: Path, parameters: QuantizedParameters, sites: Sites, scheme: QuantScheme) -> None:
@@ -185,11 +201,24 @@ def load_quantized(path: Path) -> tuple[QuantizedParameters, Sites, QuantScheme]
 
 
 def rebuild(bench: Bench) -> fx.GraphModule:
-    """The fake-quantized torch graph from the file of this stage: the reference of all parity checks."""
+    """The fake-quantized torch graph from the file of this stage: the reference of all parity checks.
+
+    Raises:
+        StorageError: the file was not made from this student.
+    """
     parameters, sites, scheme = load_quantized(bench.run.folder / FILE)
     graph = insert(bench.captured, sites, parameters.activations, scheme)
     state = {name: torch.from_numpy(value) for name, value in parameters.tensors.items()}
     for name, scale in parameters.weight_scales.items():
         state["weight_" + name.replace(".", "_") + ".log_scale"] = torch.from_numpy(scale).log()
-    graph.load_state_dict(state, strict=False)
+    trained = {name for name, _ in graph.named_parameters() if not name.startswith("activation_")}
+    # Grids of activations are in place since `insert`; buffers and shared parameters are the graph's own.
+    own = {name: value for name, value in graph.state_dict().items() if name not in trained}
+    try:
+        graph.load_state_dict(own | state)
+    except RuntimeError as error:
+        raise StorageError(
+            f"{bench.run.folder / FILE} does not belong to the student in this folder: {error}",
+            "delete it; the same command makes it again",
+        ) from error
     return graph.eval()

@@ -25,7 +25,7 @@ def run(bench: Bench) -> dict[str, Any]:
     continues on the same path."""
     recipe = bench.recipe
     model = cost_model(bench.run.target, executed_precision(bench))
-    limits = _limits(bench, model)
+    limits = budget_limits(bench, model)
     evaluate = _Evaluator(bench, model, limits)
     try:
         found = search(
@@ -42,11 +42,14 @@ def run(bench: Bench) -> dict[str, Any]:
         model.close()
     metrics = {"search": _metrics(bench, found, model, limits), "_unverified": list(model.unverified)}
     chosen = found.candidates[found.chosen]
+    restrictions = bench.run.target.space
     write_json(
         bench.run.folder / "2-student.json",
         {
             "space": recipe.search.space,
             "genome": list(chosen.genome),
+            "channel_multiple": int(float(restrictions.channel_multiple.value)),
+            "kernels": list(restrictions.kernels),
             "architecture": list(bench.space.describe(chosen.genome)),
             "candidate": asdict(chosen),
         },
@@ -76,7 +79,7 @@ def quantize_mode(bench: Bench) -> str:
     return "none" if bench.run.target.quant.dialect == "none" else "qat"
 
 
-def _limits(bench: Bench, model: CostModel) -> Limits:
+def budget_limits(bench: Bench, model: CostModel) -> Limits:
     """The budget; without a latency of its own, a share of what the teacher would take in that precision."""
     budget, teacher = bench.recipe.budget, bench.teacher
     teacher_macs = teacher.macs
@@ -193,17 +196,7 @@ def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> di
         "teacher_state": bench.recipe.search.teacher_state,
         "evaluated": len(found.candidates),
         "dropped": found.dropped,
-        "cost_model": {
-            "kind": model.kind,
-            "device": model.device,
-            "error_percent": model.error_percent,
-            "note": model.note,
-        },
-        "budget": {
-            "max_latency_ms": limits.latency_ms,
-            "max_size_mib": limits.size_mib,
-            "max_macs": limits.macs,
-        },
+        **cost_facts(model, limits),
         "candidates": [
             asdict(candidate) | {"score": score, "feasible": feasible, "generation": generation}
             for candidate, score, feasible, generation in rows
@@ -216,4 +209,21 @@ def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> di
         "built_parameters": count_parameters(
             bench.space.build(found.candidates[found.chosen].genome, torch.Generator())
         ),
+    }
+
+
+def cost_facts(model: CostModel, limits: Limits) -> dict[str, Any]:
+    """How costs were predicted, and the limits on them."""
+    return {
+        "cost_model": {
+            "kind": model.kind,
+            "device": model.device,
+            "error_percent": model.error_percent,
+            "note": model.note,
+        },
+        "budget": {
+            "max_latency_ms": limits.latency_ms,
+            "max_size_mib": limits.size_mib,
+            "max_macs": limits.macs,
+        },
     }

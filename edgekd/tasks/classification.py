@@ -12,8 +12,9 @@ from edgekd.spec import Preprocessing
 
 
 def hard_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of (N, classes) logits."""
-    return F.cross_entropy(logits.float(), labels)
+    """Mean cross-entropy of (N, classes) logits over the samples that have a label (not -1)."""
+    losses = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="none")
+    return losses.sum() / (labels >= 0).sum().clamp(min=1)
 
 
 def correct(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.bool_]:

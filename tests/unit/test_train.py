@@ -12,11 +12,13 @@ import torch
 from samples import CLASSES, SIZE, shapes
 from torch import Tensor, nn
 
-from edgekd.distillers import terms
+from edgekd.distillers import methods
 from edgekd.errors import StorageError, TrainingDivergedError
 from edgekd.spec import Preprocessing
 from edgekd.tasks.classification import normalise
-from edgekd.train import CachedTeacher, Plan, Stage, Views, _schedule, evaluate, fit, load_checkpoint, probe
+from edgekd.plan import Plan, probe
+from edgekd.train import Stage, _schedule, evaluate, fit, load_checkpoint
+from edgekd.views import AUGMENTATIONS, CachedTeacher, Views
 
 PREPROCESSING = Preprocessing(SIZE, SIZE, "grey", (0.1,), (0.3,))
 PLANS = {
@@ -41,6 +43,11 @@ def views(count: int = 2, augment: str = "crop-flip", seed: int = 0) -> Views:
     return Views(PIXELS, PREPROCESSING, augment, count, seed)
 
 
+def shown(made: Views, view: int, index: Tensor) -> Tensor:
+    made.select(view)
+    return made.batch(index)
+
+
 def teacher(inputs: Tensor) -> Tensor:
     """Any fixed function of the pixels will do."""
     return torch.stack([inputs[:, 0, row].sum(1) for row in (2, 6, 9, 13)], 1)
@@ -54,9 +61,9 @@ def stage(checkpoint: Path | None = None, **changes: Any) -> Stage:
         "views": seen,
         "labels": LABELS,
         "teacher": CachedTeacher(changes.pop("logits", teacher), seen),
-        "terms": terms("kd"),
+        "distillers": methods("kd"),
         "epochs": 4,
-        "batch_size": 24,
+        "batch_size": 21,
         "learning_rate": 1e-2,
         "weight_decay": 1e-2,
         "ema_decay": 0.9,
@@ -97,7 +104,7 @@ def without_time(history: list[dict[str, float]]) -> list[dict[str, float]]:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("step", [1, 6, 8, 11])
 def test_a_killed_training_ends_with_the_same_bits(plan: str, step: int, tmp_path: Path) -> None:
-    """64 images in batches of 24 are three steps an epoch; steps count from 1."""
+    """64 images in batches of 21 are three steps an epoch; steps count from 1."""
     straight = stage(plan=PLANS[plan])
     history = fit(straight, nothing)
     with pytest.raises(_Killed):
@@ -161,7 +168,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_p
 
     with pytest.raises(TrainingDivergedError) as caught:
         fit(stage(tmp_path / "c.pt", logits=breaks_in_the_second_view), nothing)
-    assert "distill: the loss became nan at step 4 (epoch 2)" in caught.value.message
+    assert "distill: the loss became nan at step 4 (epoch 2), in the term of: kd" in caught.value.message
     assert "--set distill.learning_rate=" in caught.value.hint
     assert caught.value.exit_code == 17
     stored = load_checkpoint(tmp_path / "c.pt")
@@ -222,7 +229,7 @@ def test_progress_counts_all_steps() -> None:
 def test_weight_decay_spares_vectors() -> None:
     from edgekd.train import _optimizer
 
-    for group in _optimizer(stage()).param_groups:
+    for group in _optimizer(stage(), nn.ModuleList()).param_groups:
         for parameter in group["params"]:
             assert (parameter.dim() > 1) == (group["weight_decay"] > 0)
 
@@ -266,25 +273,25 @@ def test_evaluation_leaves_the_mode_alone() -> None:
 # ---------------------------------------------------------------- views
 
 
-@pytest.mark.parametrize("augment", ["crop-flip", "crop", "none"])
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_a_view_always_shows_the_same_pixels(augment: str) -> None:
     index = torch.tensor([5, 1, 40])
-    first, again = (views(3, augment).batch(0, index) for _ in range(2))
+    first, again = (shown(views(3, augment), 0, index) for _ in range(2))
     assert torch.equal(first, again)
-    whole = views(3, augment).batch(0, torch.arange(64))
+    whole = shown(views(3, augment), 0, torch.arange(64))
     assert torch.equal(whole[index], first)
 
 
 def test_views_differ_from_each_other_and_by_seed() -> None:
     index = torch.arange(64)
-    assert not torch.equal(views().batch(0, index), views().batch(1, index))
-    assert not torch.equal(views(seed=0).batch(0, index), views(seed=1).batch(0, index))
+    assert not torch.equal(shown(views(), 0, index), shown(views(), 1, index))
+    assert not torch.equal(shown(views(seed=0), 0, index), shown(views(seed=1), 0, index))
 
 
 def test_without_augmentation_there_is_one_view_of_the_plain_pixels() -> None:
     plain = views(8, "none")
     assert plain.count == 1
-    assert torch.equal(plain.batch(0, torch.arange(64)), normalise(PIXELS, PREPROCESSING))
+    assert torch.equal(shown(plain, 0, torch.arange(64)), normalise(PIXELS, PREPROCESSING))
 
 
 def test_crops_move_by_one_pixel_here_and_never_flip() -> None:
@@ -292,8 +299,8 @@ def test_crops_move_by_one_pixel_here_and_never_flip() -> None:
     single[0, 0, 8, 3] = 255
     places = set()
     for view in range(40):
-        shown = Views(single, PREPROCESSING, "crop", 40, 0).batch(view, torch.tensor([0]))[0, 0]
-        places.add(divmod(int(shown.argmax()), SIZE))
+        pixels = shown(Views(single, PREPROCESSING, "crop", 40, 0), view, torch.tensor([0]))[0, 0]
+        places.add(divmod(int(pixels.argmax()), SIZE))
     assert places == {(8 + y, 3 + x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
 
 
@@ -302,15 +309,15 @@ def test_flips_mirror_left_and_right() -> None:
     single[0, 0, 8, 3] = 255
     columns = set()
     for view in range(40):
-        shown = Views(single, PREPROCESSING, "crop-flip", 40, 0).batch(view, torch.tensor([0]))[0, 0]
-        columns.add(int(shown.argmax()) % SIZE)
+        pixels = shown(Views(single, PREPROCESSING, "crop-flip", 40, 0), view, torch.tensor([0]))[0, 0]
+        columns.add(int(pixels.argmax()) % SIZE)
     assert columns == {2, 3, 4, 11, 12, 13}
 
 
 def test_pixels_outside_are_black_after_normalisation() -> None:
     white = torch.full((1, 1, SIZE, SIZE), 255, dtype=torch.uint8)
-    shown = [Views(white, PREPROCESSING, "crop", 40, 0).batch(view, torch.tensor([0])) for view in range(40)]
-    assert {round(float(value), 4) for value in torch.cat(shown).unique()} == {
+    found = [shown(Views(white, PREPROCESSING, "crop", 40, 0), view, torch.tensor([0])) for view in range(40)]
+    assert {round(float(value), 4) for value in torch.cat(found).unique()} == {
         round((0 - 0.1) / 0.3, 4), round((1 - 0.1) / 0.3, 4)
     }  # fmt: skip
 
@@ -319,9 +326,9 @@ def test_cached_logits_are_those_of_the_view() -> None:
     seen = views(3)
     cached = CachedTeacher(teacher, seen, batch_size=10)
     for view in range(3):
-        torch.testing.assert_close(cached.of(view), teacher(seen.batch(view, torch.arange(64))))
+        torch.testing.assert_close(cached.of(view), teacher(shown(seen, view, torch.arange(64))))
     index = torch.tensor([7, 3])
-    torch.testing.assert_close(cached.of(1)[index], teacher(seen.batch(1, index)))
+    torch.testing.assert_close(cached.of(1)[index], teacher(shown(seen, 1, index)))
 
 
 def test_the_teacher_sees_each_view_once() -> None:
@@ -333,3 +340,66 @@ def test_the_teacher_sees_each_view_once() -> None:
 
     fit(stage(logits=counting, epochs=6), nothing)
     assert sum(batches) == 2 * 64
+
+
+def test_every_second_view_blends_each_image_with_another_and_has_no_labels() -> None:
+    mixed, plain = views(4, "crop-mix"), views(4, "crop")
+    index = torch.arange(64)
+    assert torch.equal(shown(mixed, 2, index), shown(plain, 2, index))
+    assert float(mixed.labelled) == 1
+    blends, own = shown(mixed, 3, index), shown(plain, 3, index)
+    assert float(mixed.labelled) == 0
+    towards = ((blends - own).flatten(1).norm(dim=1) / own.flatten(1).norm(dim=1)).sort().values
+    assert towards[32] > 0.1
+    # The image itself is at least half of the blend: what is left of it points the same way.
+    centred = (own - own.mean(0)).flatten(1), (blends - blends.mean(0)).flatten(1)
+    assert float((centred[0] * centred[1]).sum()) > 0.5 * float(centred[0].square().sum())
+
+
+def test_blends_teach_without_their_labels() -> None:
+    """With wrong labels everywhere the labels' term still vanishes in a view of blends."""
+    changes: dict[str, Any] = {"views": views(2, "crop-mix"), "epochs": 2, "hard_weight": 100.0}
+    history = fit(stage(labels=(LABELS + 1) % 4, **changes), nothing)
+    assert history[0]["loss"] > 10 * history[1]["loss"]
+
+
+def test_a_new_view_every_epoch_is_asked_of_the_teacher_once() -> None:
+    batches: list[int] = []
+
+    def counting(inputs: Tensor) -> Tensor:
+        batches.append(len(inputs))
+        return teacher(inputs)
+
+    fit(stage(logits=counting, views=views(0), epochs=5), nothing)
+    assert sum(batches) == 5 * 64
+
+
+class _Online(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return teacher(inputs)
+
+
+def test_a_teacher_in_the_loop_teaches_like_its_stored_logits() -> None:
+    stored, online = stage(), stage()
+    online.teacher = _Online()
+    losses = [[row["loss"] for row in fit(each, nothing)] for each in (stored, online)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_milestones_cut_the_rate() -> None:
+    rates = [_schedule(share, 0.1, (0.5, 0.75)) for share in (0.0, 0.49, 0.5, 0.8)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_sgd_learns_and_resumes(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "optimizer": "sgd", "learning_rate": 0.005, "ema_decay": 0.0, "views": views(augment="none"),
+    }  # fmt: skip
+    straight = stage(**changes)
+    history = fit(straight, nothing)
+    assert history[-1]["loss"] < history[0]["loss"]
+    with pytest.raises(_Killed):
+        fit(stage(tmp_path / "c.pt", **changes), killed_at(7))
+    resumed = stage(tmp_path / "c.pt", **changes)
+    fit(resumed, nothing)
+    assert torch.equal(first_weight(resumed), first_weight(straight))

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 
 from edgekd.cost import cost_model
-from edgekd.distillers import terms
+from edgekd.plan import probe
 from edgekd.recipe import load_recipe
 from edgekd.run import Run, Silent
 from edgekd.search import Candidate, Limits
 from edgekd.stages.bench import Bench
+from edgekd.stages.lesson import prepare, teacher_for
 from edgekd.stages.search import executed_precision
 from edgekd.target import find_target
 from edgekd.tasks.classification import accuracy
-from edgekd.train import Stage, evaluate, fit, probe
+from edgekd.train import Stage, evaluate, fit
 
 Genome = tuple[int, ...]
 
@@ -65,15 +66,17 @@ def distilled_accuracy(bench: Bench, genome: Genome, epochs: int, seed: int) -> 
     """Validation accuracy after the run's own distillation recipe with `epochs` epochs."""
     recipe = bench.recipe.distill
     student = bench.space.build(genome, torch.Generator().manual_seed(seed))
-    inputs = bench.views.batch(0, torch.arange(recipe.batch_size))
-    plan, _ = probe(student, inputs, bench.recipe.threads)
+    views = bench.views_on(bench.device)
+    inputs = bench.views.batch(torch.arange(recipe.batch_size))
+    plan, _ = probe(student, inputs, bench.recipe.threads, device=bench.device)
+    lesson = prepare(bench.classroom, student)
     stage = Stage(
         name="distill",
-        model=student,
-        views=bench.views,
+        model=lesson.model,
+        views=views,
         labels=bench.labels,
-        teacher=bench.targets,
-        terms=terms(recipe.method),
+        teacher=teacher_for(bench.classroom, lesson, views, plan),
+        distillers=lesson.distillers,
         epochs=epochs,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
@@ -83,7 +86,7 @@ def distilled_accuracy(bench: Bench, genome: Genome, epochs: int, seed: int) -> 
         plan=plan,
     )
     fit(stage, lambda what, done, total: None)
-    return accuracy(evaluate(student, bench.validation_inputs).numpy(), bench.data.validation_labels)
+    return accuracy(evaluate(lesson.deploy(), bench.validation_inputs).numpy(), bench.data.validation_labels)
 
 
 def main() -> None:

@@ -1,0 +1,139 @@
+"""How training steps run on this machine: measured in seconds, then kept for the run."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How steps run. `graphed`: the whole step is one captured CUDA graph; `compiled`: networks go through
+    ``torch.compile``. Kept with a checkpoint, so that resuming is exact."""
+
+    threads: int = 1
+    bfloat16: bool = False
+    channels_last: bool = True
+    one_thread_rate: float = 0.0  # images per second of the same plan with one thread; 0: not measured
+    device: str = "cpu"
+    graphed: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        layout = "channels-last" if self.channels_last else "channels-first"
+        form = f"{'bf16' if self.bfloat16 else 'f32'} {layout}"
+        if self.device == "cpu":
+            return f"{form}, {self.threads} thread{'s' * (self.threads > 1)}"
+        extras = ", compiled" * self.compiled + ", one graph a step" * self.graphed
+        return f"{form} on {self.device}{extras}"
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Set the thread count for the block."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def autocast(self) -> torch.autocast:
+        """Enter anew for every step: autocast keeps its cast copies of the weights until it is left."""
+        device = torch.device(self.device).type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.bfloat16)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a network to the device and memory format, in place."""
+        model.to(self.device)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def arrange(self, inputs: Tensor) -> Tensor:
+        """Inputs in the plan's memory format."""
+        return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
+
+
+class Pace:
+    """Goes on with one thread where several turn out slower than one was in the probe: two threads wait for
+    each other whenever something else takes a core, and a training then takes ten times as long."""
+
+    _STEPS = 10
+
+    def __init__(self, plan: Plan) -> None:
+        self._slowest = 0.8 * plan.one_thread_rate if plan.threads > 1 else 0.0
+        self._times: list[float] = [time.perf_counter()]
+        self._images: list[int] = []
+
+    def count(self, images: int) -> None:
+        """Called after each step."""
+        if not self._slowest:
+            return
+        self._times.append(time.perf_counter())
+        self._images.append(images)
+        if len(self._images) < self._STEPS:
+            return
+        rate = float(np.median(np.asarray(self._images) / np.diff(self._times)))
+        self._times, self._images = [self._times[-1]], []
+        if rate < self._slowest:
+            log.info("%.0f images a second: something else uses the machine, going on with one thread", rate)
+            torch.set_num_threads(1)
+            self._slowest = 0.0
+
+
+def probe(
+    model: nn.Module,
+    inputs: Tensor,
+    threads: int,
+    *,
+    device: str = "cpu",
+    allow_bfloat16: bool = True,
+    seconds: float = 0.5,
+) -> tuple[Plan, dict[str, float]]:
+    """Time forward and backward of a few plans on a copy of `model`; the fastest wins.
+
+    `threads` 0 tries one thread and all that this process may use. Returns the plan, and images per second
+    of each.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    counts = sorted({1, available}) if threads == 0 else [threads]
+    if device != "cpu":
+        counts = [1]
+    forms = [(False, False), (False, True), *([(True, True)] if allow_bfloat16 else [])]
+    plans = [Plan(n, half, last, device=device) for n in counts for half, last in forms]
+    rates: dict[str, float] = {}
+    for plan in plans:
+        rates[str(plan)] = _rate(model, inputs, plan, seconds)
+    best = max(plans, key=lambda plan: rates[str(plan)])
+    alone = rates.get(str(replace(best, threads=1)), 0.0)
+    best = replace(best, one_thread_rate=round(alone, 1), graphed=device != "cpu")
+    return best, {name: round(rate, 1) for name, rate in rates.items()}
+
+
+def _rate(model: nn.Module, inputs: Tensor, plan: Plan, seconds: float) -> float:
+    """Images per second of forward and backward, the median over at least two steps."""
+    trial = plan.place(copy.deepcopy(model)).train()
+    batch = plan.arrange(inputs.to(plan.device))
+    with plan.active():
+        times: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < 40):
+            start = time.perf_counter()
+            with plan.autocast():
+                logits = trial(batch)
+            logits.float().square().mean().backward()
+            if plan.device != "cpu":
+                torch.cuda.synchronize(plan.device)
+            times.append(time.perf_counter() - start)
+    return len(inputs) / float(np.median(times[1:]))

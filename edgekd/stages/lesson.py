@@ -1,0 +1,132 @@
+"""What a student is taught by: methods with their taps, wraps and adapters, and the form of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.distillers import Distiller, Setting, method_class, methods, refuse_unmet
+from edgekd.errors import UsageError
+from edgekd.nets import Outputs
+from edgekd.plan import Plan
+from edgekd.recipe import DistillRecipe
+from edgekd.spec import ModelSpec
+from edgekd.taps import Tapped, find_layout
+from edgekd.teacher import Teacher
+from edgekd.views import CachedTeacher, Views
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """`model` is the student as it is trained; `deploy` gives the network that is exported."""
+
+    model: nn.Module
+    distillers: tuple[Distiller, ...]
+
+    def deploy(self) -> nn.Module:
+        """The student without anything that only training needs."""
+        made: nn.Module = self.model.deploy()  # type: ignore[operator]
+        return made
+
+
+@dataclass(frozen=True)
+class Classroom:
+    """What a lesson is planned from. `labels` int64 of the training images, -1 where there is none."""
+
+    recipe: DistillRecipe
+    teacher: Teacher
+    spec: ModelSpec
+    labels: Tensor
+    seed: int
+    mixes: bool
+
+    @property
+    def example(self) -> Tensor:
+        """Inputs of the right shape."""
+        return torch.zeros(2, *self.spec.input_shape)
+
+    @property
+    def taught_by(self) -> Tapped | None:
+        """The torch teacher with the taps that the method asks for; None for a black box."""
+        if self.teacher.model is None:
+            return None
+        layout = find_layout(
+            self.teacher.model, self.example, len(self.spec.classes), self.recipe.teacher_taps
+        )
+        wanted = {tap for name in self.recipe.method.split("+") for tap in method_class(name).needs.teacher}
+        return Tapped(self.teacher.model, layout, sorted(wanted & set(layout.taps)))
+
+
+def prepare(room: Classroom, student: nn.Module) -> Lesson:
+    """Wrap `student` for the recipe's method and build its adapters, on the CPU.
+
+    Raises:
+        UsageError: the method needs what this teacher, student or data do not give.
+    """
+    parts = methods(room.recipe.method, room.recipe.options)
+    classes = len(room.spec.classes)
+    layout = find_layout(student, room.example, classes, room.recipe.student_taps)
+    teacher = room.taught_by
+    refuse_unmet(
+        parts,
+        teacher_taps=("logits",) if teacher is None else teacher.layout.taps,
+        student_taps=layout.taps,
+        labels=bool((room.labels >= 0).all()),
+    )
+    if room.mixes and not all(part.needs.mixable for part in parts):
+        names = ", ".join(type(part).__name__ for part in parts if not part.needs.mixable)
+        raise UsageError(
+            f"data.augment 'crop-mix' blends images, and {names} cannot learn from a blend",
+            "--set data.augment=crop",
+        )
+    model: nn.Module = Tapped(student, layout, sorted({tap for part in parts for tap in part.needs.student}))
+    with torch.random.fork_rng():
+        torch.manual_seed(room.seed)
+        taught = Outputs(torch.zeros(2, classes)) if teacher is None else _glance(teacher, room.example)
+        for part in parts:
+            model = part.wrap(model, _glance(model, room.example), room.teacher.model)
+        seen = _glance(model, room.example)
+        setting = Setting(len(room.labels), classes, room.labels, room.seed)
+        for part in parts:
+            part.build(seen, taught, setting)
+    return Lesson(model, parts)
+
+
+def _glance(model: nn.Module, inputs: Tensor) -> Outputs:
+    """One forward pass in eval mode that leaves no trace."""
+    training = {module: module.training for module in model.modules()}
+    with torch.no_grad():
+        outputs: Outputs = model.eval()(inputs)
+    for module, mode in training.items():
+        module.training = mode
+    return outputs
+
+
+def teacher_for(
+    room: Classroom, lesson: Lesson, views: Views, plan: Plan
+) -> CachedTeacher | nn.Module | None:
+    """Stored logits where logits are enough; the network itself in every step where they are not."""
+    if not any(part.needs.teacher or part.needs.input_gradient for part in lesson.distillers):
+        return None
+    online = any(part.needs.torch_teacher for part in lesson.distillers)
+    network = room.taught_by
+    if network is not None and (online or (plan.device != "cpu" and not views.count)):
+        return network
+    if plan.device != "cpu" and room.teacher.model is not None:
+        return CachedTeacher(_on_device(room.teacher.model, plan), views)
+    return CachedTeacher(room.teacher.logits, views)
+
+
+def _on_device(model: nn.Module, plan: Plan) -> Callable[[Tensor], Tensor]:
+    """Logits of a torch teacher on the plan's device."""
+    model.to(plan.device).eval()
+
+    @torch.inference_mode()
+    def logits(inputs: Tensor) -> Tensor:
+        made: Tensor = model(inputs.to(plan.device))
+        return made.float()
+
+    return logits
