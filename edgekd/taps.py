@@ -1,123 +1,82 @@
-"""Taps: the tensors inside a network that a transfer method may ask for, found by looking at one pass."""
+"""Taps: a network that also gives the tensors inside it that a transfer method asks for."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from edgekd.errors import UnsupportedModelError
+from edgekd.layout import TAPS, Layout, find_layout, first_tensor, numbered
 from edgekd.nets import Outputs
 
-TAPS = ("logits", "embedding", "features", "stages", "preactivations", "tokens")
+__all__ = ["TAPS", "Layout", "Tapped", "find_layout"]
+
+_MAPS = {"features", "stages", "preactivations"}
+_RECTIFIERS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_")  # nn.ReLU6 is a hardtanh
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Module paths: `classifier` (its input is the embedding), `stages` (one map a resolution) and `tokens`
-    (one a transformer block). None or empty: this network has none."""
+class _Record:
+    """What the hooks see while a pass is open. It is copied with the network that has the hooks."""
 
-    classifier: str | None
-    stages: tuple[str, ...]
-    tokens: tuple[str, ...]
+    def __init__(self) -> None:
+        self.open = False
+        self.tensors: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
+        self.calls: dict[str, int] = {}
+        self.rectified: tuple[Tensor, Tensor] | None = None  # result and input of the last rectifier
 
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """Names of `TAPS` that this network can give."""
-        found = ["logits"]
-        if self.classifier is not None:
-            found.append("embedding")
-        if self.stages:
-            found += ["features", "stages", "preactivations"]
-        if self.tokens:
-            found.append("tokens")
-        return tuple(found)
+    def close(self) -> None:
+        """Forget the pass, so that nothing of it stays alive."""
+        self.open, self.rectified = False, None
+        for kept in (self.tensors, self.before, self.calls):
+            kept.clear()
 
 
-def find_layout(model: nn.Module, example: Tensor, classes: int, stages: Sequence[str] = ()) -> Layout:
-    """Look at one forward pass of `example` (N, C, H, W).
+class _Hook:
+    """Puts a module's output into a record, or its first input as "embedding"."""
 
-    The classifier is the last executed ``nn.Linear`` with `classes` outputs. A stage ends with the outermost
-    module, of those the last, whose 4-D output has its resolution. Token layers are the numbered modules
-    with the most frequent 3-D output. `stages` names module paths instead.
+    def __init__(self, record: _Record, path: str, *, of_input: bool = False) -> None:
+        self.record, self.path, self.of_input = record, path, of_input
 
-    Raises:
-        UnsupportedModelError: a path of `stages` does not exist or gives no 4-D map; names the nearest.
-    """
-    classifier: str | None = None
-    maps: dict[tuple[int, int], tuple[int, str]] = {}
-    four_d: set[str] = set()
-    token_shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            nonlocal classifier
-            if isinstance(module, nn.Linear) and module.out_features == classes and args[0].dim() == 2:
-                classifier = name
-            if not isinstance(output, Tensor) or not name:
-                return
-            if output.dim() == 4:
-                four_d.add(name)
-                size, depth = (output.shape[-2], output.shape[-1]), name.count(".")
-                if size[0] * size[1] > 1 and depth <= maps.get(size, (depth, ""))[0]:
-                    maps[size] = (depth, name)
-            elif output.dim() == 3:
-                token_shapes[name] = tuple(output.shape)
-
-        return hook
-
-    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules()]
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for hook in hooks:
-            hook.remove()
-    for path in stages:
-        if path not in four_d:
-            near = difflib.get_close_matches(path, sorted(four_d), 3, 0.0)
-            raise UnsupportedModelError(
-                f"tap '{path}': no module of that path with a 4-D output", f"nearest: {', '.join(near)}"
-            )
-    found = tuple(name for size, (_, name) in sorted(maps.items(), key=lambda item: -item[0][0] * item[0][1]))
-    return Layout(classifier, tuple(stages) or found, _token_layers(token_shapes))
-
-
-def _token_layers(shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
-    numbered = {name: re.match(r"(.*\.)?\d+$", name) for name in shapes}
-    families = Counter((m.group(1), shapes[name]) for name, m in numbered.items() if m)
-    if not families:
-        return ()
-    family = max(families, key=lambda key: families[key])
-    return tuple(name for name, m in numbered.items() if m and (m.group(1), shapes[name]) == family)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        record = self.record
+        if not record.open:
+            return
+        if self.of_input:
+            record.tensors["embedding"] = args[0]
+            return
+        call = record.calls[self.path] = record.calls.get(self.path, 0) + 1
+        made, key = first_tensor(output), numbered(self.path, call)
+        if made is not None:
+            record.tensors[key] = made
+            last = record.rectified
+            record.before[key] = last[1] if last is not None and last[0] is made else made
 
 
 class _BeforeRelu(TorchFunctionMode):
-    """Remembers what each rectifier of a pass was given."""
+    """Remembers what the last rectifier was given. One that works in place is given a copy's history."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: _Record) -> None:
         super().__init__()
-        self.inputs: dict[int, Tensor] = {}
+        self.record = record
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name not in ("relu", "relu_"):
-            return func(*args, **(kwargs or {}))
-        given = args[0]
-        result = torch.clamp_min(given, 0)  # never in place: the input is what is asked for
-        self.inputs[id(result)] = given
+        bound = (*args[1:2], kwargs.get("min_val", -1))[0] if name.startswith("hardtanh") else 0
+        if name not in _RECTIFIERS or bound != 0:
+            return func(*args, **kwargs)
+        given = args[0] if args else kwargs["input"]
+        in_place = name.endswith("_") or kwargs.get("inplace") or any(value is True for value in args)
+        before = given.clone() if in_place else given
+        result = func(*args, **kwargs)
+        self.record.rectified = (result, before)
         return result
 
 
@@ -133,49 +92,54 @@ class Tapped(nn.Module):
                 "choose a method that needs less: edgekd methods list",
             )
         self.model, self.layout, self.wanted = model, layout, frozenset(wanted)
-        self._kept: dict[str, Tensor] = {}
-        maps = self.wanted & {"features", "stages", "preactivations"}
-        watched = (layout.stages if maps else ()) + (layout.tokens if "tokens" in wanted else ())
-        for path in watched:
-            model.get_submodule(path).register_forward_hook(self._keep_output(path))
-        if "embedding" in self.wanted and layout.classifier is not None:
-            model.get_submodule(layout.classifier).register_forward_hook(self._keep_input)
+        self._record, self._hooked = _Record(), False
+        self._attach()
 
-    def _keep_output(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._kept[path] = output
-
-        return hook
-
-    def _keep_input(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self._kept["embedding"] = args[0]
+    def _attach(self) -> None:
+        """Hooks stay until `deploy`, so that the pass can be compiled; outside of `forward` they sleep."""
+        stages = self.layout.stages if self.wanted & _MAPS else ()
+        watched = stages + (self.layout.tokens if "tokens" in self.wanted else ())
+        for path in dict.fromkeys(path.partition("@")[0] for path in watched):
+            self.model.get_submodule(path).register_forward_hook(_Hook(self._record, path))
+        if "embedding" in self.wanted and self.layout.classifier is not None:
+            classifier = self.model.get_submodule(self.layout.classifier)
+            classifier.register_forward_hook(_Hook(self._record, "embedding", of_input=True))
+        self._hooked = True
 
     def forward(self, inputs: Tensor) -> Outputs:
-        if "preactivations" not in self.wanted:
-            return self._outputs(self.model(inputs), ())
-        with _BeforeRelu() as before:
-            logits = self.model(inputs)
-            maps = [self._kept[path] for path in self.layout.stages]
-            return self._outputs(logits, tuple(before.inputs.get(id(m), m) for m in maps))
+        if not self._hooked:
+            self._attach()
+        record = self._record
+        record.open = True
+        try:
+            if "preactivations" not in self.wanted:
+                return self._outputs(self.model(inputs))
+            with _BeforeRelu(record):
+                logits = self.model(inputs)
+            outputs = self._outputs(logits)
+            return replace(outputs, preactivations=tuple(record.before[path] for path in self.layout.stages))
+        finally:
+            record.close()
 
-    def _outputs(self, logits: Tensor, preactivations: tuple[Tensor, ...]) -> Outputs:
-        kept = self._kept
-        maps = (
-            tuple(kept[path] for path in self.layout.stages)
-            if self.layout.stages[:1] and (self.layout.stages[0] in kept)
-            else ()
-        )
-        outputs = Outputs(
-            logits,
-            kept.get("embedding"),
-            maps[-1] if maps else None,
-            maps,
-            preactivations,
-            tuple(kept[path] for path in self.layout.tokens if path in kept),
-        )
-        self._kept = {}
-        return outputs
+    def _outputs(self, logits: Tensor) -> Outputs:
+        seen = self._record.tensors
+        maps = tuple(seen[path] for path in self.layout.stages) if self.wanted & _MAPS else ()
+        tokens = tuple(seen[path] for path in self.layout.tokens) if "tokens" in self.wanted else ()
+        return Outputs(logits, seen.get("embedding"), maps[-1] if maps else None, maps, tokens=tokens)
+
+    def changed(self, layout: Layout, modules: dict[str, nn.Module]) -> Tapped:
+        """The same network, not a copy, with these modules in place of those at their paths. `layout` is
+        that of the network as it is then."""
+        model = self.deploy()
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        return Tapped(model, layout, sorted(self.wanted))
 
     def deploy(self) -> nn.Module:
-        """The network itself."""
+        """The network itself, without hooks."""
+        for module in self.model.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, _Hook) and hook.record is self._record:
+                    del module._forward_hooks[key]
+        self._hooked = False
         return self.model
