@@ -7,7 +7,8 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -76,22 +77,32 @@ def fit(stage: Stage, progress: Progress) -> list[dict[str, float]]:
     Raises:
         TrainingDivergedError: the loss is not finite; the checkpoint of the last epoch is kept.
     """
-    with stage.plan.active():
-        loop = _Loop(stage)
-        pace = Pace(stage.plan)
-        for epoch in range(len(loop.history), stage.epochs):
+    return fit_together((stage,), progress)[0]
+
+
+def fit_together(stages: Sequence[Stage], progress: Progress) -> list[list[dict[str, float]]]:
+    """Train stages of equal length side by side, step by step. On CUDA each has a stream of its own, because
+    one small network leaves most of such a device idle. `progress` follows the first."""
+    first = stages[0]
+    with first.plan.active():
+        loops = [_Loop(stage) for stage in stages]
+        if {(s.epochs, s.steps_per_epoch) for s in stages} != {(first.epochs, first.steps_per_epoch)}:
+            raise ValueError("stages that train together need the same number of steps")
+        pace = Pace(first.plan)
+        for epoch in range(min(len(loop.history) for loop in loops), first.epochs):
+            open_loops = [loop for loop in loops if len(loop.history) <= epoch]
             begin = time.perf_counter()
-            loop.open_epoch(epoch)
-            for number in range(stage.steps_per_epoch):
-                loop.step()
-                loop.check(epoch, number)
-                pace.count(stage.batch)
-                progress(stage.name, epoch * stage.steps_per_epoch + number + 1, loop.steps)
-            loop.close_epoch(epoch, time.perf_counter() - begin)
-    stage.model.load_state_dict(loop.average.state_dict())
-    # Exporters write stride arithmetic into the graph for weights that are not contiguous.
-    stage.model.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return loop.history
+            for loop in open_loops:
+                loop.open_epoch(epoch)
+            for number in range(first.steps_per_epoch):
+                for loop in open_loops:
+                    loop.step()
+                    loop.check(epoch, number)
+                pace.count(first.batch)
+                progress(first.name, epoch * first.steps_per_epoch + number + 1, loops[0].steps)
+            for loop in open_loops:
+                loop.close_epoch(epoch, time.perf_counter() - begin)
+    return [loop.finish() for loop in loops]
 
 
 class _Loop:
@@ -112,10 +123,24 @@ class _Loop:
         self._allocate()
         self.history = self._restore()
         self._seen = 0
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         run = torch.compile if stage.plan.compiled else (lambda module: module)
         self._student: Any = run(self.model)
         self._teacher: Any = run(self._online) if self._online is not None else None
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def finish(self) -> list[dict[str, float]]:
+        """Hand the averaged weights over."""
+        model = self.stage.model
+        model.load_state_dict(self.average.state_dict())
+        # Exporters write stride arithmetic into the graph for weights that are not contiguous.
+        model.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return self.history
 
     def _allocate(self) -> None:
         """Everything that a step reads and that changes from step to step."""
@@ -144,6 +169,10 @@ class _Loop:
         self._averaged = (mine, new) if self.average is not self.model else ([], [])
 
     def open_epoch(self, epoch: int) -> None:
+        with self._on_stream():
+            self._open_epoch(epoch)
+
+    def _open_epoch(self, epoch: int) -> None:
         stage = self.stage
         stage.training_mode(self.model)
         self.distillers.train()
@@ -166,31 +195,21 @@ class _Loop:
 
     def step(self) -> None:
         """One optimiser step: eager, or the replay of a captured graph."""
-        if not self.stage.plan.graphed:
-            self._work()
-        elif self._graph is not None:
-            self._graph.replay()
-        elif self._seen < _EAGER_STEPS:
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
+        with self._on_stream():
+            if not self.stage.plan.graphed or self._seen < _EAGER_STEPS:
                 self._work()
-            torch.cuda.current_stream(self.device).wait_stream(side)
-        else:
-            self._graph = torch.cuda.CUDAGraph()
-            self._graph.register_generator_state(self.context.generator)
-            with torch.cuda.graph(self._graph):
-                self._work()
-            self._graph.replay()
+            else:
+                if self._graph is None:
+                    self._graph = torch.cuda.CUDAGraph()
+                    self._graph.register_generator_state(self.context.generator)
+                    with torch.cuda.graph(self._graph, stream=self._stream):
+                        self._work()
+                self._graph.replay()
         self._seen += 1
 
     def _work(self) -> None:
         stage = self.stage
-        index = (
-            self._order[self._position]
-            if self.device.type == "cpu"
-            else self._order.index_select(0, self._position.view(1)).view(-1)
-        )
+        index = self._order.index_select(0, self._position.view(1)).view(-1)
         batch = Batch(stage.plan.arrange(stage.views.batch(index)), self.labels[index], index)
         for distiller in stage.distillers:
             batch = distiller.augment(batch, self._student, self._teacher, self.context)
@@ -232,14 +251,14 @@ class _Loop:
         self._terms += stacked.detach()
         return stacked.sum()
 
+    def _now(self, table: Tensor) -> Tensor:
+        """The entry of this step; indexing with a tensor would wait for the device."""
+        return table.index_select(0, self._step.long().view(1)).squeeze(0)
+
     def _set_rate(self) -> None:
-        """On CUDA the rate is a tensor that the optimiser reads; elsewhere a number."""
-        step = self._step.long()
+        """The rate is a tensor that the optimiser reads."""
         for group in self.optimizer.param_groups:
-            if self.device.type == "cpu":
-                group["lr"] = group["peak"] * float(self._rates[step])
-            else:
-                group["lr"].copy_(group["peak"] * self._rates[step])
+            group["lr"].copy_(group["peak"] * self._now(self._rates))
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -248,7 +267,7 @@ class _Loop:
         if not mine:
             return
         change = torch._foreach_sub(new, mine)
-        torch._foreach_mul_(change, self._average_shares[self._step.long()])
+        torch._foreach_mul_(change, self._now(self._average_shares))
         torch._foreach_add_(mine, change)
 
     def check(self, epoch: int, number: int) -> None:
@@ -257,6 +276,8 @@ class _Loop:
         last = number == self.stage.steps_per_epoch - 1
         if self.device.type != "cpu" and not last:
             return
+        if self._stream is not None:
+            self._stream.synchronize()
         loss = float(self._loss if self.device.type == "cpu" else self._terms.sum())
         if math.isfinite(loss):
             return
@@ -274,6 +295,8 @@ class _Loop:
 
     def close_epoch(self, epoch: int, seconds: float) -> None:
         stage = self.stage
+        if self._stream is not None:
+            self._stream.synchronize()
         row = {
             "epoch": epoch + 1.0,
             "loss": float(self._terms.sum()) / stage.steps_per_epoch,
@@ -324,7 +347,7 @@ def _optimizer(stage: Stage, distillers: nn.Module) -> torch.optim.Optimizer:
     cuda = stage.plan.device != "cpu"
     groups: list[dict[str, Any]] = []
     for parameters, decay in ((matrices, stage.weight_decay), (vectors, 0.0)):
-        rate = torch.tensor(stage.learning_rate, device=stage.plan.device) if cuda else stage.learning_rate
+        rate = torch.tensor(stage.learning_rate, device=stage.plan.device)
         groups.append({"params": parameters, "weight_decay": decay, "peak": stage.learning_rate, "lr": rate})
     groups = [group for group in groups if group["params"]]
     if stage.optimizer == "sgd":

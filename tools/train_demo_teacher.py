@@ -108,15 +108,22 @@ def main() -> None:
     with torch.inference_mode():
         logits = torch.cat([stored(part) for part in x_val.split(500)])
         train_logits = torch.cat([stored(part) for part in x.split(500)])
-    print(json.dumps({
-        "validation_accuracy": (logits.argmax(1) == y_val).float().mean().item(),
-        "training_accuracy": (train_logits.argmax(1) == y).float().mean().item(),
-        "validation_nll": F.cross_entropy(logits, y_val).item(),
-        "parameters": sum(p.numel() for p in stored.parameters()),
-        "bytes": arguments.out.stat().st_size,
-        "epochs": arguments.epochs, "seed": arguments.seed, "device": str(device),
-        "torch": torch.__version__, "seconds": time.perf_counter() - begin,
-    }))
+    print(
+        json.dumps(
+            {
+                "validation_accuracy": (logits.argmax(1) == y_val).float().mean().item(),
+                "training_accuracy": (train_logits.argmax(1) == y).float().mean().item(),
+                "validation_nll": F.cross_entropy(logits, y_val).item(),
+                "parameters": sum(p.numel() for p in stored.parameters()),
+                "bytes": arguments.out.stat().st_size,
+                "epochs": arguments.epochs,
+                "seed": arguments.seed,
+                "device": str(device),
+                "torch": torch.__version__,
+                "seconds": time.perf_counter() - begin,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

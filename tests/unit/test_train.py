@@ -11,13 +11,14 @@ import pytest
 import torch
 from samples import CLASSES, SIZE, shapes
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgekd.distillers import methods
 from edgekd.errors import StorageError, TrainingDivergedError
+from edgekd.plan import Plan, probe
 from edgekd.spec import Preprocessing
 from edgekd.tasks.classification import normalise
-from edgekd.plan import Plan, probe
-from edgekd.train import Stage, _schedule, evaluate, fit, load_checkpoint
+from edgekd.train import Stage, _Loop, _schedule, evaluate, fit, load_checkpoint
 from edgekd.views import AUGMENTATIONS, CachedTeacher, Views
 
 PREPROCESSING = Preprocessing(SIZE, SIZE, "grey", (0.1,), (0.3,))
@@ -403,3 +404,25 @@ def test_sgd_learns_and_resumes(tmp_path: Path) -> None:
     resumed = stage(tmp_path / "c.pt", **changes)
     fit(resumed, nothing)
     assert torch.equal(first_weight(resumed), first_weight(straight))
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what makes a host wait for its device, and shapes that depend on values: neither can be
+    captured as a CUDA graph."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func)
+        if any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            raise AssertionError(f"{name} inside a step")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_never_waits_for_the_device(augment: str, optimizer: str) -> None:
+    loop = _Loop(stage(views=views(2, augment), optimizer=optimizer))
+    loop.open_epoch(0)
+    with _NoWaiting():
+        loop.step()
