@@ -4,7 +4,7 @@
 
 The run's folder must hold a finished search. Random students are drawn uniformly from the same space, kept
 when they meet the run's budget and are within 10 % of the chosen student's predicted latency. Prints a line
-per training and a JSON summary with the median of the random ones.
+per student and a JSON summary with the median of the random ones. On a CUDA device all train side by side.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from edgekd.recipe import load_recipe
 from edgekd.run import Run, Silent
 from edgekd.search import Candidate, Limits
 from edgekd.stages.bench import Bench
-from edgekd.stages.lesson import prepare, teacher_for
+from edgekd.stages.lesson import Lesson, prepare, teacher_for
 from edgekd.stages.search import executed_precision
 from edgekd.target import find_target
 from edgekd.tasks.classification import accuracy
-from edgekd.train import Stage, evaluate, fit
+from edgekd.train import Stage, evaluate, fit_together
 
 Genome = tuple[int, ...]
 
@@ -62,8 +62,8 @@ def random_students(bench: Bench, count: int, seed: int) -> list[Genome]:
     return found
 
 
-def distilled_accuracy(bench: Bench, genome: Genome, epochs: int, seed: int) -> float:
-    """Validation accuracy after the run's own distillation recipe with `epochs` epochs."""
+def lesson_of(bench: Bench, genome: Genome, epochs: int, seed: int) -> tuple[Stage, Lesson]:
+    """One training by the run's own distillation recipe, with `epochs` epochs."""
     recipe = bench.recipe.distill
     student = bench.space.build(genome, torch.Generator().manual_seed(seed))
     views = bench.views_on(bench.device)
@@ -85,8 +85,20 @@ def distilled_accuracy(bench: Bench, genome: Genome, epochs: int, seed: int) -> 
         seed=seed,
         plan=plan,
     )
-    fit(stage, lambda what, done, total: None)
-    return accuracy(evaluate(lesson.deploy(), bench.validation_inputs).numpy(), bench.data.validation_labels)
+    return stage, lesson
+
+
+def distilled_accuracies(bench: Bench, jobs: list[tuple[Genome, int]], epochs: int) -> list[float]:
+    """Validation accuracy of each (genome, seed): side by side on a CUDA device, one by one elsewhere."""
+    together = len(jobs) if bench.device != "cpu" else 1
+    found: list[float] = []
+    for start in range(0, len(jobs), together):
+        lessons = [lesson_of(bench, genome, epochs, seed) for genome, seed in jobs[start : start + together]]
+        fit_together([stage for stage, _ in lessons], lambda what, done, total: None)
+        for _, lesson in lessons:
+            logits = evaluate(lesson.deploy(), bench.validation_inputs).numpy()
+            found.append(accuracy(logits, bench.data.validation_labels))
+    return found
 
 
 def main() -> None:
@@ -101,11 +113,14 @@ def main() -> None:
     bench = Bench(Run(arguments.run, recipe, find_target(recipe.target), Silent()))
     chosen: Genome = bench.genome
     rivals = random_students(bench, arguments.random, recipe.seed)
+    students = (chosen, *rivals)
+    begin = time.perf_counter()
+    jobs = [(genome, seed) for genome in students for seed in arguments.seeds]
+    accuracies = distilled_accuracies(bench, jobs, arguments.epochs)
     rows = []
-    for genome in (chosen, *rivals):
-        begin = time.perf_counter()
-        runs = [distilled_accuracy(bench, genome, arguments.epochs, seed) for seed in arguments.seeds]
+    for number, genome in enumerate(students):
         layers = bench.space.layers(genome)
+        runs = accuracies[number * len(arguments.seeds) : (number + 1) * len(arguments.seeds)]
         row = {
             "genome": genome,
             "searched": genome == chosen,
@@ -113,7 +128,6 @@ def main() -> None:
             "parameters": sum(layer.parameters for layer in layers),
             "accuracy": statistics.mean(runs),
             "runs": runs,
-            "seconds": round(time.perf_counter() - begin),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -126,6 +140,7 @@ def main() -> None:
                 "random_best": max(random_accuracies),
                 "epochs": arguments.epochs,
                 "seeds": arguments.seeds,
+                "seconds": round(time.perf_counter() - begin),
             }
         )
     )
