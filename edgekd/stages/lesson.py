@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,14 +51,13 @@ class Classroom:
 
     @property
     def taught_by(self) -> Tapped | None:
-        """The torch teacher with the taps that the method asks for; None for a black box."""
+        """A copy of the torch teacher with the taps that the method asks for; None for a black box."""
         if self.teacher.model is None:
             return None
-        layout = find_layout(
-            self.teacher.model, self.example, len(self.spec.classes), self.recipe.teacher_taps
-        )
+        network = copy.deepcopy(self.teacher.model)
+        layout = find_layout(network, self.example, len(self.spec.classes), self.recipe.teacher_taps)
         wanted = {tap for name in self.recipe.method.split("+") for tap in method_class(name).needs.teacher}
-        return Tapped(self.teacher.model, layout, sorted(wanted & set(layout.taps)))
+        return Tapped(network, layout, sorted(wanted & set(layout.taps)))
 
 
 def prepare(room: Classroom, student: nn.Module) -> Lesson:
@@ -122,7 +122,7 @@ def teacher_for(
 
 def _on_device(model: nn.Module, plan: Plan) -> Callable[[Tensor], Tensor]:
     """Logits of a torch teacher on the plan's device."""
-    model.to(plan.device).eval()
+    model = copy.deepcopy(model).to(plan.device).eval()
 
     @torch.inference_mode()
     def logits(inputs: Tensor) -> Tensor:
