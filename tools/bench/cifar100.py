@@ -18,6 +18,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,7 +152,13 @@ def train_all(bench: Bench, jobs: list[tuple[str, int, dict[str, Any]]], out: Pa
     """All jobs together; one JSON line each."""
     begin = time.perf_counter()
     stages = [bench.stage(*job) for job in jobs]
-    histories = fit_together(stages, lambda what, done, total: None)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done % max(1, total // 20) == 0:
+            rate = 1e3 * (time.perf_counter() - begin) / done
+            print(f"{done}/{total} steps, {rate:.2f} ms each", file=sys.stderr, flush=True)
+
+    histories = fit_together(stages, progress)
     seconds = time.perf_counter() - begin
     for (method, seed, options), stage, history in zip(jobs, stages, histories, strict=True):
         row = {
