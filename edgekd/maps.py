@@ -27,10 +27,11 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two (N, C, H, W) maps, the larger average-pooled to the smaller, float32 or wider, no gradient to
     the teacher's."""
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    return _pooled(wide(student), size), _pooled(wide(teacher).detach(), size)
+    return pooled(wide(student), size), pooled(wide(teacher).detach(), size)
 
 
-def _pooled(map_: Tensor, size: tuple[int, int]) -> Tensor:
+def pooled(map_: Tensor, size: tuple[int, int]) -> Tensor:
+    """Averages of (N, C, H, W) over `size` cells; the map itself where it has that size."""
     return map_ if map_.shape[2:] == size else F.adaptive_avg_pool2d(map_, size)
 
 

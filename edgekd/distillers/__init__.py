@@ -32,6 +32,39 @@ _TABLE = {
     "swing": "edgekd.distillers.swing:Swing",
     "slices": "edgekd.distillers.slices:Slices",
     "ensemble": "edgekd.distillers.ensemble:Ensemble",
+    "fitnet": "edgekd.distillers.fitnet:FitNet",
+    "at": "edgekd.distillers.at:At",
+    "sp": "edgekd.distillers.sp:Sp",
+    "cc": "edgekd.distillers.cc:Cc",
+    "rkd": "edgekd.distillers.rkd:Rkd",
+    "pkt": "edgekd.distillers.pkt:Pkt",
+    "nst": "edgekd.distillers.nst:Nst",
+    "vid": "edgekd.distillers.vid:Vid",
+    "ickd": "edgekd.distillers.ickd:Ickd",
+    "fsp": "edgekd.distillers.fsp:Fsp",
+    "ab": "edgekd.distillers.ab:Ab",
+    "ft": "edgekd.distillers.ft:Ft",
+    "ofd": "edgekd.distillers.ofd:Ofd",
+    "crd": "edgekd.distillers.crd:Crd",
+    "reviewkd": "edgekd.distillers.reviewkd:ReviewKd",
+    "hcl": "edgekd.distillers.reviewkd:Hcl",
+    "mgd": "edgekd.distillers.mgd:Mgd",
+    "cwd": "edgekd.distillers.cwd:Cwd",
+    "mi": "edgekd.distillers.mi:Mi",
+    "trg": "edgekd.distillers.trg:Trg",
+    "skt": "edgekd.distillers.skt:Skt",
+    "relation": "edgekd.distillers.relation:Relation",
+    "semantic": "edgekd.distillers.semantic:Semantic",
+    "hidden": "edgekd.distillers.hidden:Hidden",
+    "ccc": "edgekd.distillers.ccc:Ccc",
+    "ofa": "edgekd.distillers.ofa:Ofa",
+    "simkd": "edgekd.distillers.simkd:SimKd",
+    "promptkd": "edgekd.distillers.promptkd:PromptKd",
+    "dho": "edgekd.distillers.dho:Dho",
+    "lsskd": "edgekd.distillers.lsskd:Lsskd",
+    "dml": "edgekd.distillers.dml:Dml",
+    "bsd": "edgekd.distillers.bsd:Bsd",
+    "hard": "edgekd.distillers.hard:Hard",
 }
 
 
@@ -41,6 +74,8 @@ class Needs:
 
     `teacher`, `student`: names of `edgekd.taps.TAPS`; an empty `teacher` is a method without one.
     `input_gradient`: the loss is differentiated through the teacher down to its input.
+    `classifier`: the teacher's last layer is read once, before training.
+    `some_labels`: where `labels` is asked for, samples without one (-1) may be among them.
     `mixable`: its targets stay right for images that are mixtures of two (labels are of the stronger one).
     """
 
@@ -49,6 +84,8 @@ class Needs:
     labels: bool = False
     input_gradient: bool = False
     mixable: bool = True
+    classifier: bool = False
+    some_labels: bool = False
 
     @property
     def torch_teacher(self) -> bool:
@@ -82,18 +119,22 @@ class Distiller(nn.Module):
     """Base of all methods; parameters created in `build` are trained with the student and then dropped.
 
     `weight` multiplies the term, `hard_weight` the cross-entropy with the labels beside it: published values.
+    `capturable` False keeps the steps of a method out of CUDA graphs.
     """
 
     needs: Needs = Needs()  # of the class; an option may change it for one instance
     weight: float = 1.0
     hard_weight: float = 1.0
+    capturable: bool = True
 
     def build(self, student: Outputs, teacher: Outputs, setting: Setting) -> None:
         """Create adapters and stores for the shapes of these example outputs."""
 
     def wrap(self, student: nn.Module, outputs: Outputs, teacher: nn.Module | None) -> nn.Module:
         """The student as it is trained: a module from inputs to `Outputs` with a method ``deploy()`` that
-        gives the exportable network. `student` is such a module, `outputs` an example of what it gives."""
+        gives the exportable network. `student` and `teacher` are such modules (`edgekd.taps.Tapped`, the
+        teacher None where it is a black box), `outputs` is an example of what the student gives. What only
+        training needs (`exits`, `peer`, `extra_maps`) is given in training mode."""
         return student
 
     def augment(self, batch: Batch, student: nn.Module, teacher: nn.Module | None, context: Context) -> Batch:
@@ -181,7 +222,10 @@ def refuse_unmet(
                     return f"the {owner}'s {tap}; it gives {', '.join(given) or 'nothing'}"
         if needs.input_gradient and tuple(teacher_taps) == ("logits",):
             return "gradients through the teacher, which a black box does not give"
-        return "labels, and these samples have none" if needs.labels and not labels else ""
+        if needs.classifier and "embedding" not in teacher_taps:
+            return f"the teacher's classifier; it gives {', '.join(teacher_taps)}"
+        unlabelled = needs.labels and not needs.some_labels and not labels
+        return "labels, and these samples have none" if unlabelled else ""
 
     for distiller in distillers:
         reason = unmet(distiller.needs)
