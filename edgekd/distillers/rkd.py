@@ -41,7 +41,7 @@ def rkd_loss(student: Tensor, teacher: Tensor, distance: float, angle: float) ->
 
 
 class Rkd(Distiller):
-    """Distances 25 and angles 50, weight 1 beside the labels (the paper's setting, section 4)."""
+    """Distances 25 and angles 50, weight 1 beside the labels (mdistiller)."""
 
     needs = Needs(teacher=("embedding",), student=("embedding",))
     weight = 1.0
