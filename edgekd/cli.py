@@ -14,24 +14,19 @@ import click
 from edgekd import __version__
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
 
-# What a stage does, and a call that needs nothing but files.
+_KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
+# What a stage does, and a call that starts from files alone.
 _STAGE_HELP = {
     "search": (
         "Search a student for a target, without training.",
-        "--student runs/jetson/2-student.json --target rpi5",
+        "--target rpi5 \\\n  --student runs/jetson/2-student.json",
     ),
     "distill": (
         "Search if needed, then distill the teacher into the student.",
-        "--student my.models:student --teacher my.models:build --weights t.safetensors --data images/",
+        "--student my.models:student \\\n  --teacher my.models:build --weights t.safetensors --data images/",
     ),
-    "quantize": (
-        "All up to quantization-aware training.",
-        "--student runs/jetson/2-student.json --student-weights runs/jetson/3-distilled.safetensors",
-    ),
-    "export": (
-        "All up to the ONNX files of each dialect.",
-        "--student runs/jetson/2-student.json --student-weights runs/jetson/3-distilled.safetensors",
-    ),
+    "quantize": ("All up to quantization-aware training.", _KEPT),
+    "export": ("All up to the ONNX files of each dialect.", _KEPT),
 }
 
 
@@ -181,12 +176,12 @@ def compress(**given: Any) -> None:
 
 
 def _add_stage(name: str, text: str, files: str) -> None:
-    example = (
-        f"\b\nExample: edgekd {name} --target jetson --out runs/jetson\n"
-        f"From files alone: edgekd {name} {files} \\\n             --out runs/mine"
+    examples = (
+        f"Example: edgekd {name} --target jetson --out runs/jetson",
+        f"From files alone: edgekd {name} {files} --out runs/mine",
     )
 
-    @cli.command(name, help=f"{text}\n\n{example}")
+    @cli.command(name, help="\n".join((text, "", "\b", *examples)))
     @_recipe_options
     def stage(**given: Any) -> None:
         _run(name, **given)

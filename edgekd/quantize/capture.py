@@ -11,6 +11,13 @@ from torch import Tensor, fx, nn
 from edgekd.errors import UnsupportedModelError
 
 _ATEN = torch.ops.aten
+_DROPOUTS = (
+    _ATEN.dropout.default,
+    _ATEN.dropout_.default,
+    _ATEN.feature_dropout.default,
+    _ATEN.feature_dropout_.default,
+    _ATEN.alpha_dropout.default,
+)
 _CONVOLUTIONS = (_ATEN.conv2d.default, _ATEN.conv1d.default)
 
 
@@ -51,8 +58,17 @@ def capture(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModu
     output = copied.graph_copy(traced.graph, {}, return_output_node=False)
     copied.output(output[0] if isinstance(output, tuple | list) else output)
     graph = fx.GraphModule(traced, copied)
+    _leave_out_dropout(graph)
     _fold_batch_norm(graph)
     return graph
+
+
+def _leave_out_dropout(graph: fx.GraphModule) -> None:
+    """It gives back its input in eval mode, and exporters leave it out: no tensor of it could be found."""
+    for node in list(graph.graph.nodes):
+        if node.target in _DROPOUTS:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
 
 
 def _fold_batch_norm(graph: fx.GraphModule) -> None:

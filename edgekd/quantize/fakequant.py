@@ -45,9 +45,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Sites:
-    """`activations`: tensor name -> names of its consumers that read the quantized value; a tensor named in
-    `same_as` shares the grid of the tensor it is a view of. `weights`: parameter names. `origins`: how each
-    tensor of the graph is made, by which it is found again in an exported file whatever its name there."""
+    """`activations`: tensor name -> names of all its consumers, which read the quantized value, as in the
+    integer graph, where the tensor is stored once; a tensor named in `same_as` shares the grid of the tensor
+    it is a view of. `weights`: parameter names. `origins`: how each tensor of the graph is made, by which it
+    is found again in an exported file whatever its name there."""
 
     activations: dict[str, tuple[str, ...]]
     same_as: dict[str, str]
@@ -62,39 +63,35 @@ def find_sites(graph: fx.GraphModule, scheme: QuantScheme) -> Sites:
     Raises:
         UnsupportedModelError: there is nothing to quantize.
     """
-    edges: dict[str, list[str]] = {}
+    quantized: dict[fx.Node, None] = {}  # in order, each once
     weights: list[str] = []
     same_as: dict[str, str] = {}
 
-    def mark(producer: fx.Node, consumer: fx.Node) -> None:
-        edges.setdefault(producer.name, []).append(consumer.name)
+    def mark(producer: fx.Node) -> None:
+        quantized[producer] = None
         root = producer
         while root.target in _VIEWS and isinstance(root.args[0], fx.Node):
             root = root.args[0]
         if root is not producer:
             same_as[producer.name] = root.name
-            edges.setdefault(root.name, [])
-            path = producer.args[0]
-            assert isinstance(path, fx.Node)
-            edges[root.name] += [user.name for user in root.users if user.target in _VIEWS]
+            quantized[root] = None
 
     for node in graph.graph.nodes:
         if node.target in _WEIGHTED:
-            mark(node.args[0], node)
+            mark(node.args[0])
             weights.append(str(node.args[1].target))
         elif node.target in _ADDS and all(isinstance(a, fx.Node) and a.op != "get_attr" for a in node.args):
             for producer in dict.fromkeys(node.args):
-                mark(producer, node)
+                mark(producer)
         elif node.target in _POOLS:
-            mark(node.args[0], node)
-            edges.setdefault(node.name, [])
-            edges[node.name] += [user.name for user in node.users]
+            mark(node.args[0])
+            quantized[node] = None
         elif node.op == "output" and scheme.quantize_output:
-            mark(node.args[0], node)
+            mark(node.args[0])
     if not weights:
         raise UnsupportedModelError("the network has no convolution and no linear layer to quantize")
     return Sites(
-        {name: tuple(dict.fromkeys(consumers)) for name, consumers in edges.items()},
+        {node.name: tuple(user.name for user in node.users) for node in quantized},
         same_as,
         tuple(dict.fromkeys(weights)),
         _origins(graph),

@@ -102,13 +102,17 @@ def _given(given: Record) -> str:
     """A student that was not searched: from where, what it costs, and how far that is beyond the budget."""
     excess = dig(given, "excess")
     beyond = ", ".join(f"{name} by {facts.percent(number(excess, name), 0)}" for name in excess or {})
-    latency, reason = number(given, "latency_ms"), text(given, "reason")
-    return (
-        f"given, not searched: {text(given, 'source')}; {facts.count(number(given, 'parameters'))} parameters, "
-        f"{facts.count(number(given, 'macs'))} MACs, {facts.size(number(given, 'size_mib'))}, predicted latency "
-        + (facts.milliseconds(latency) if latency is not None else f"unknown: {reason or facts.NO_REASON}")
-        + (f". Beyond the budget of a search: {beyond}" if beyond else "")
+    latency, reason = number(given, "latency_ms"), text(given, "reason") or facts.NO_REASON
+    parts = (
+        f"given, not searched: {text(given, 'source')}",
+        f"{facts.count(number(given, 'parameters'))} parameters, {facts.count(number(given, 'macs'))} MACs, "
+        f"{facts.size(number(given, 'size_mib'))}",
+        f"latency not predicted: {reason}"
+        if latency is None
+        else f"predicted latency {facts.milliseconds(latency)}",
+        f"beyond the budget of a search: {beyond}" if beyond else "",
     )
+    return "; ".join(part for part in parts if part)
 
 
 def training_section(record: Record) -> Markup:

@@ -147,7 +147,9 @@ def _rehearse(bench: Bench, student: nn.Module) -> None:
     Raises:
         UnsupportedModelError: what stage 4 or 5 would say.
     """
-    graph = capture(copy.deepcopy(student), bench.spec.input_shape)
+    trial = copy.deepcopy(student)
+    _unsettle(trial, bench.recipe.seed)
+    graph = capture(trial, bench.spec.input_shape)
     float_model = export.to_onnx(graph, bench.spec)
     if quantize_mode(bench) == "none":
         return
@@ -164,6 +166,15 @@ def _rehearse(bench: Bench, student: nn.Module) -> None:
             f"student '{bench.recipe.search.student}' cannot be quantized: {error.message}",
             "--quantize none ships it in float",
         ) from error
+
+
+def _unsettle(model: nn.Module, seed: int) -> None:
+    """Offsets as after training: exporters drop those that are exactly zero, as fresh ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if value.is_floating_point() and name.rpartition(".")[2] in ("bias", "running_mean"):
+                value.add_(torch.rand(value.shape, generator=generator), alpha=0.01)
 
 
 def _cost(bench: Bench, blueprint: Blueprint, student: nn.Module, model: CostModel) -> tuple[Candidate, str]:

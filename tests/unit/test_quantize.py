@@ -303,6 +303,37 @@ def test_the_integer_graph_computes_what_torch_computes(
     assert found["top1_agreement"] >= 0.995
 
 
+class _Gated(nn.Module):
+    """Layers a user's network may have: a gate, a concatenation, dropout, any activation."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), activation())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Hardsigmoid())
+        self.head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(16, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        logits: Tensor = self.head(torch.cat([y, y * self.gate(y)], 1)).mean((2, 3))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish],
+)
+def test_layers_of_other_networks_become_integers_too(activation: type[nn.Module], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = train_teacher(_Gated(activation), steps=10)
+    graph = capture(model, SPEC.input_shape)
+    case = Case(graph, export.to_onnx(graph, SPEC), model)
+    exact = evaluate(quantized(case, SCHEMES["symmetric"])[0], inputs()).numpy()
+    for kind in KINDS:
+        model_of_kind = lowered(case, SCHEMES["symmetric"], kind, kind == "uint8")
+        difference = np.abs(run_onnx(model_of_kind, tmp_path / f"{kind}.onnx") - exact)
+        assert difference.mean() < 1e-4 * np.ptp(exact)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantize_and_dequantize_nodes_are_counted(case: Case, scheme: str, kind: str) -> None:

@@ -116,6 +116,13 @@ def test_override_text_is_read_as_toml_and_else_as_text(text: str, expected: tup
     assert parse_override(text) == expected
 
 
+@pytest.mark.parametrize(("text", "written"), [(".1", "0.1"), ("-.5", "-0.5"), ("2.", "2.0")])
+def test_a_number_that_toml_does_not_know_is_spelt_out(text: str, written: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, dict([parse_override(f"budget.max_macs_ratio={text}")]))
+    assert f"budget.max_macs_ratio={written}" in caught.value.hint
+
+
 @pytest.mark.parametrize("text", ["distill.epochs", "=3", "  =3", ""])
 def test_override_without_key_or_sign_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="expected KEY=VALUE"):

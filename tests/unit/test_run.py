@@ -305,6 +305,35 @@ def test_a_fingerprint_follows_the_source_of_a_factory(
     assert fingerprint("own.models:build") != first
 
 
+def test_a_fingerprint_follows_all_files_of_a_factorys_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine" / "parts").mkdir(parents=True)
+    (tmp_path / "mine" / "models.py").write_text("from mine.parts.block import Block")
+    (tmp_path / "mine" / "parts" / "block.py").write_text("class Block: ...")
+    first = fingerprint("mine.models:build")
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint("mine.models:build") == first
+    (tmp_path / "mine" / "parts" / "block.py").write_text("class Block: size = 2")
+    assert fingerprint("mine.models:build") != first
+
+
+def test_a_fingerprint_follows_a_local_folder_of_transformers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    first = fingerprint(f"transformers:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert fingerprint(f"transformers:{tmp_path}") != first
+
+
+def test_the_record_is_read_under_the_lock(tmp_path: Path) -> None:
+    """What another process wrote between opening and locking is not lost."""
+    early = open_run(tmp_path)
+    go(tmp_path)
+    with early.locked():
+        assert list(early.record["stages"]) == list(STAGES)
+
+
 def test_a_name_is_its_own_fingerprint() -> None:
     assert fingerprint("timm:resnet18") == "timm:resnet18"
 
