@@ -27,7 +27,8 @@ class Outputs:
     `logits` (N, classes); `embedding` (N, D), the classifier's input; `features` (N, C, H, W), the last map
     before pooling; `stages`, the last map of each resolution, the finest first, `features` last;
     `preactivations`, the same maps before their last ReLU; `tokens`, (N, L, D) of each transformer block;
-    `exits`, further (N, classes) logits of auxiliary heads; `peer`, a second network trained along.
+    `exits`, further (N, classes) logits of auxiliary heads; `peer`, a second network trained along;
+    `extra_maps`, (N, C, H, W) maps that a wrap hands to the term of its own method.
     """
 
     logits: Tensor
@@ -38,6 +39,7 @@ class Outputs:
     tokens: tuple[Tensor, ...] = ()
     exits: tuple[Tensor, ...] = ()
     peer: Outputs | None = None
+    extra_maps: tuple[Tensor, ...] = ()
 
 
 def wide(values: Tensor) -> Tensor:
