@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,12 +17,12 @@ _MEANS = ("probabilities", "logits")
 
 
 def mean_logits(teachers: Sequence[Tensor], of: str) -> Tensor:
-    """(N, classes) logits of the mean of `teachers`: "logits" averages those (up to a constant a row the
-    geometric mean of the predictions), "probabilities" gives the logarithm of the arithmetic mean."""
+    """(N, classes) logits of the mean of `teachers`, up to a constant a row: the arithmetic mean of their
+    predictions for "probabilities", the geometric mean for "logits"."""
     stacked = torch.stack([wide(logits).detach() for logits in teachers])
     if of == "logits":
         return stacked.mean(0)
-    return torch.logsumexp(F.log_softmax(stacked, 2), 0) - math.log(len(teachers))
+    return torch.logsumexp(F.log_softmax(stacked, 2), 0)
 
 
 class Ensemble(Distiller):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from edgekd.distillers import Context, Distiller, Needs
 from edgekd.errors import UsageError
 from edgekd.nets import Batch, Outputs, softened_kl, wide
+from edgekd.taps import Tapped
+from edgekd.wraps import only_wrap
 
 
 def surer(teacher_logits: Tensor, frozen_logits: Tensor, labels: Tensor | None) -> Tensor:
@@ -31,13 +33,13 @@ def surer(teacher_logits: Tensor, frozen_logits: Tensor, labels: Tensor | None) 
 class _BesideFrozen(nn.Module):
     """A student and its frozen copy, whose logits are `Outputs.peer`."""
 
-    def __init__(self, student: nn.Module, frozen: nn.Module) -> None:
+    def __init__(self, student: Tapped, frozen: nn.Module) -> None:
         super().__init__()
         self.student = student
         self.frozen = frozen.eval().requires_grad_(requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Outputs:
-        with torch.no_grad():  # first, as hooks of the copy may write where those of the student do
+        with torch.no_grad():
             frozen = self.frozen(inputs)
         outputs: Outputs = self.student(inputs)
         return replace(outputs, peer=Outputs(frozen))
@@ -49,8 +51,7 @@ class _BesideFrozen(nn.Module):
 
     def deploy(self) -> nn.Module:
         """The student without its copy."""
-        made: nn.Module = self.student.deploy()  # type: ignore[operator]
-        return made
+        return self.student.deploy()
 
 
 class Gate(Distiller):
@@ -75,8 +76,8 @@ class Gate(Distiller):
             self.needs = Needs()
 
     def wrap(self, student: nn.Module, outputs: Outputs, teacher: nn.Module | None) -> nn.Module:
-        network: nn.Module = student.deploy()  # type: ignore[operator]
-        return _BesideFrozen(student, copy.deepcopy(network))
+        tapped = only_wrap(student, "gate")
+        return _BesideFrozen(tapped, copy.deepcopy(tapped).deploy())
 
     def target(self, student: Outputs, teacher: Outputs, batch: Batch, context: Context) -> Outputs:
         if student.peer is None:
