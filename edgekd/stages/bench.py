@@ -175,7 +175,7 @@ class Bench:
         if not blueprint.factory:
             generator = torch.Generator().manual_seed(self.recipe.seed)
             return self.space_of(blueprint).build(blueprint.genome, generator)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)  # a factory draws from the global generator
             return copy.deepcopy(from_factory(blueprint.factory, STUDENT))  # it may name a module
 

@@ -83,7 +83,7 @@ def prepare(room: Classroom, student: nn.Module) -> Lesson:
             "--set data.augment=crop",
         )
     model: nn.Module = Tapped(student, layout, sorted({tap for part in parts for tap in part.needs.student}))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(room.seed)
         taught = Outputs(torch.zeros(2, classes)) if teacher is None else _glance(teacher, room.example)
         for part in parts:

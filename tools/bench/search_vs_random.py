@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from edgekd.cost import cost_model
-from edgekd.plan import probe
+from edgekd.plan import Plan, probe
 from edgekd.recipe import load_recipe
 from edgekd.run import Run, Silent
 from edgekd.search import Candidate, Limits
@@ -62,13 +62,11 @@ def random_students(bench: Bench, count: int, seed: int) -> list[Genome]:
     return found
 
 
-def lesson_of(bench: Bench, genome: Genome, epochs: int, seed: int) -> tuple[Stage, Lesson]:
+def lesson_of(bench: Bench, genome: Genome, epochs: int, seed: int, plan: Plan) -> tuple[Stage, Lesson]:
     """One training by the run's own distillation recipe, with `epochs` epochs."""
     recipe = bench.recipe.distill
     student = bench.space.build(genome, torch.Generator().manual_seed(seed))
     views = bench.views_on(bench.device)
-    inputs = bench.views.batch(torch.arange(recipe.batch_size))
-    plan, _ = probe(student, inputs, bench.recipe.threads, device=bench.device)
     lesson = prepare(bench.classroom, student)
     stage = Stage(
         name="distill",
@@ -93,7 +91,11 @@ def distilled_accuracies(bench: Bench, jobs: list[tuple[Genome, int]], epochs: i
     together = len(jobs) if bench.device != "cpu" else 1
     found: list[float] = []
     for start in range(0, len(jobs), together):
-        lessons = [lesson_of(bench, genome, epochs, seed) for genome, seed in jobs[start : start + together]]
+        part = jobs[start : start + together]
+        trial = bench.space.build(part[0][0], torch.Generator().manual_seed(0))
+        inputs = bench.views.batch(torch.arange(bench.recipe.distill.batch_size))
+        plan, _ = probe(trial, inputs, bench.recipe.threads, device=bench.device)
+        lessons = [lesson_of(bench, genome, epochs, seed, plan) for genome, seed in part]
         fit_together([stage for stage, _ in lessons], lambda what, done, total: None)
         for _, lesson in lessons:
             logits = evaluate(lesson.deploy(), bench.validation_inputs).numpy()
