@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from wrapped import CLASSES, LABELS, Cnn, case, context, images, tapped, teacher, trained, zs, zt
 
 from edgekd.demo import DemoTeacher
-from edgekd.distillers import methods
+from edgekd.distillers import Setting, methods
 from edgekd.distillers.bsd import class_map, pixel_loss
 from edgekd.distillers.dho import dho_loss, mixed_log_probabilities
 from edgekd.distillers.dml import mutual_loss
@@ -180,6 +181,21 @@ def test_in_lsskd_the_deepest_branch_is_taught_by_labels_alone() -> None:
     torch.testing.assert_close(plain[1], taught[1])
 
 
+def test_in_lsskd_the_deepest_map_is_not_drawn_to_the_others() -> None:
+    (method,) = methods("lsskd")
+    logits = torch.randn(4, CLASSES, generator=torch.Generator().manual_seed(0))
+    maps = [torch.full((4, 3, size, size), value, requires_grad=True) for size, value in ((4, 1.0), (2, 3.0))]
+    batch = Batch(images(), LABELS, torch.arange(4))
+    values = [
+        method(Outputs(logits, exits=(logits,), extra_maps=extra), Outputs(logits), batch, context())
+        for extra in ((), tuple(maps))
+    ]
+    assert float((values[1] - values[0]).detach()) == pytest.approx(0.01 * 4, rel=1e-4)  # (1 - 3)^2
+    values[1].backward()
+    assert maps[0].grad is not None
+    assert maps[1].grad is None
+
+
 def test_images_that_are_not_square_cannot_be_rotated() -> None:
     wide = torch.randn(2, 1, 12, 28)
     (method,) = methods("lsskd")
@@ -241,7 +257,46 @@ def test_in_bsd_only_the_worse_pixel_learns() -> None:
     second = torch.autograd.grad(pixel_loss(theirs, ours, LABELS), theirs)[0]
     assert float(second[..., 0].abs().max()) == 0
     assert float(second[..., 1].abs().max()) > 0
+    gradients: Any = torch.autograd.grad(pixel_loss(ours, theirs, LABELS), (ours, theirs), allow_unused=True)
+    assert gradients[1] is None
     assert pixel_loss(ours, theirs, torch.full((4,), -1)).item() == 0
+
+
+def test_in_bsd_only_the_worse_region_learns() -> None:
+    (method,) = methods("bsd", {"bsd": {"hint_weight": 0.0, "pixel_weight": 0.0}})
+    features = [torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    maps = torch.zeros(4, CLASSES, 4, 4)
+    maps[torch.arange(4), LABELS, :2, :2] = 3.0  # the peer is better in one of the four regions
+    logits = torch.zeros(4, CLASSES)
+    for feature in features:
+        feature.requires_grad_()
+    peer = Outputs(logits, features=features[1], stages=(features[1],), extra_maps=(maps,))
+    maps = torch.zeros_like(maps)
+    maps[:, 0] = 1e-3  # no ties: elsewhere the peer is worse
+    maps[torch.arange(4), LABELS, 2:, :] += 1.0
+    maps[torch.arange(4), LABELS, :, 2:] += 1.0
+    ours = Outputs(logits, features=features[0], stages=(features[0],), extra_maps=(maps,), peer=peer)
+    method.build(ours, ours, Setting(100, CLASSES, torch.arange(100) % CLASSES, 0))
+    method(ours, Outputs(logits), Batch(images(), LABELS, torch.arange(4)), context()).backward()
+    learned = [feature.grad.abs().sum((0, 1)) > 0 for feature in features if feature.grad is not None]
+    better = torch.zeros(4, 4, dtype=torch.bool)
+    better[:2, :2] = True
+    assert torch.equal(learned[0], better)
+    assert torch.equal(learned[1], ~better)
+
+
+def test_in_bsd_a_hint_does_not_move_what_it_is_of() -> None:
+    """With projectors that ignore the map they are given, no map has anything to learn."""
+    method: Any = methods("bsd", {"bsd": {"region_weight": 0.0, "pixel_weight": 0.0}})[0]
+    fine = [torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    logits = torch.zeros(4, CLASSES)
+    ours, theirs = (Outputs(logits, features=m, stages=(m.requires_grad_(),)) for m in fine)
+    method.build(ours, ours, Setting(100, CLASSES, torch.arange(100) % CLASSES, 0))
+    for projector in method.low:
+        nn.init.zeros_(projector.weight)
+    batch = Batch(images(), LABELS, torch.arange(4))
+    method(replace(ours, peer=theirs), Outputs(logits), batch, context()).backward()
+    assert [float(m.grad.abs().max()) for m in fine if m.grad is not None] == [0, 0]
 
 
 def test_in_bsd_both_networks_learn() -> None:
