@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from edgekd import __version__
+from edgekd import __version__, listings
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
 
 _KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
@@ -90,7 +90,7 @@ def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--max-drop", type=float, help="Budget: accuracy points lost, teacher to shipped student."
         ),
-        click.option("--method", help="Distillation: kd, lskd, dkd, dist, or several joined by '+'."),
+        click.option("--method", help="Distillation: names of `edgekd methods list`, joined by '+'."),
         click.option(
             "--quantize", "quantize_mode", type=click.Choice(["card", "qat", "ptq", "none"]), help="How."
         ),
@@ -216,7 +216,9 @@ def profile(
     """
     from edgekd.stages.files import profile_files
 
-    _emit(profile_files(models, backends or ("onnxruntime", "openvino"), precision, threads, calls), as_json)
+    listings.emit(
+        profile_files(models, backends or ("onnxruntime", "openvino"), precision, threads, calls), as_json
+    )
 
 
 @cli.command()
@@ -247,7 +249,7 @@ def gate(candidate: Path, reference: Path, backend: str, threads: int, as_json: 
     from edgekd.stages.files import gate_files
 
     result = gate_files(candidate, reference, LatencyLimits(**limits), runtime=backend, threads=threads)
-    _emit(result, as_json)
+    listings.emit(result, as_json)
     raise SystemExit(EXIT_GATE[result["verdict"]])
 
 
@@ -266,81 +268,8 @@ def report(run: Path) -> None:
         click.echo(written)
 
 
-@cli.group()
-def targets() -> None:
-    """Target cards: what each device can run."""
-
-
-@targets.command("list")
-@click.option("--json", "as_json", is_flag=True)
-def targets_list(as_json: bool) -> None:
-    """All shipped cards. Example: edgekd targets list"""
-    from edgekd.target import all_targets, is_this_machine
-
-    rows: list[dict[str, Any]] = [
-        {
-            "id": card.id,
-            "aliases": list(card.aliases),
-            "runtime": card.primary.runtime,
-            "dialect": card.quant.dialect,
-            "this_machine": is_this_machine(card),
-            "description": card.description,
-        }
-        for card in all_targets().values()
-    ]
-    if as_json:
-        click.echo(json.dumps(rows))
-        return
-    for row in rows:
-        here = "  (this machine)" if row["this_machine"] else ""
-        names = ", ".join(row["aliases"]) or "-"
-        click.echo(
-            f"{row['id']:22} {names:18} {row['runtime']:15} {row['dialect']:13} {row['description']}{here}"
-        )
-
-
-@targets.command("show")
-@click.argument("name")
-def targets_show(name: str) -> None:
-    """A card with the source and confidence of every number. Example: edgekd targets show jetson"""
-    import msgspec
-
-    from edgekd.target import find_target
-
-    click.echo(msgspec.json.format(msgspec.json.encode(find_target(name)), indent=2).decode())
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True)
-def doctor(as_json: bool) -> None:
-    """What this machine really has: runtimes, versions, devices, precisions. Example: edgekd doctor"""
-    from edgekd.stages.files import examine
-
-    _emit(examine(), as_json)
-
-
-def _emit(value: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(value, default=str))
-        return
-    _print_tree(value, 0)
-
-
-def _print_tree(value: dict[str, Any], depth: int) -> None:
-    for key, item in value.items():
-        pad = "  " * depth
-        if isinstance(item, dict):
-            click.echo(f"{pad}{key}")
-            _print_tree(item, depth + 1)
-        else:
-            shown = (
-                f"{item:.4g}"
-                if isinstance(item, float)
-                else ", ".join(map(str, item))
-                if isinstance(item, list | tuple)
-                else item
-            )
-            click.echo(f"{pad}{key}: {shown}")
+for _command in (listings.targets, listings.methods, listings.doctor):
+    cli.add_command(_command)
 
 
 def main() -> None:

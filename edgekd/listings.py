@@ -1,0 +1,158 @@
+"""Commands that only tell: target cards, distillation methods, this machine."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import click
+
+from edgekd.errors import UsageError, unknown_name
+
+
+@click.group()
+def targets() -> None:
+    """Target cards: what each device can run."""
+
+
+@targets.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def targets_list(as_json: bool) -> None:
+    """All shipped cards. Example: edgekd targets list"""
+    from edgekd.target import all_targets, is_this_machine
+
+    rows: list[dict[str, Any]] = [
+        {
+            "id": card.id,
+            "aliases": list(card.aliases),
+            "runtime": card.primary.runtime,
+            "dialect": card.quant.dialect,
+            "this_machine": is_this_machine(card),
+            "description": card.description,
+        }
+        for card in all_targets().values()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    for row in rows:
+        here = "  (this machine)" if row["this_machine"] else ""
+        names = ", ".join(row["aliases"]) or "-"
+        click.echo(
+            f"{row['id']:22} {names:18} {row['runtime']:15} {row['dialect']:13} {row['description']}{here}"
+        )
+
+
+@targets.command("show")
+@click.argument("name")
+def targets_show(name: str) -> None:
+    """A card with the source and confidence of every number. Example: edgekd targets show jetson"""
+    import msgspec
+
+    from edgekd.target import find_target
+
+    click.echo(msgspec.json.format(msgspec.json.encode(find_target(name)), indent=2).decode())
+
+
+@click.group()
+def methods() -> None:
+    """Distillation methods: what each transfers and what it needs."""
+
+
+def _method_row(name: str) -> dict[str, Any]:
+    from edgekd.distillers import Distiller, method_class
+
+    made_by = method_class(name)
+    needs, module = made_by.needs, inspect.getmodule(made_by)
+    overridden = {
+        part: getattr(made_by, part) is not getattr(Distiller, part)
+        for part in ("forward", "target", "wrap", "augment")
+    }
+    named = {"forward": "term", "target": "target", "wrap": "wrap", "augment": "data"}
+    return {
+        "name": name,
+        "parts": [named[part] for part, own in overridden.items() if own],
+        "teacher": list(needs.teacher),
+        "student": list(needs.student),
+        "labels": needs.labels,
+        "black_box": bool(needs.teacher) and not needs.torch_teacher,
+        "weight": made_by.weight,
+        "hard_weight": made_by.hard_weight,
+        "source": (inspect.getdoc(module) or "").partition("\n\n")[0].replace("\n", " "),
+    }
+
+
+@methods.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def methods_list(as_json: bool) -> None:
+    """All methods; `+` joins them: --method dkd+fitnet. Example: edgekd methods list"""
+    from edgekd.distillers import distiller_names
+
+    rows = [_method_row(name) for name in sorted(distiller_names())]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    for row in rows:
+        teacher = ", ".join(row["teacher"]) or "none"
+        click.echo(f"{row['name']:10} {'+'.join(row['parts']):12} teacher: {teacher:18} {row['source']}")
+
+
+@methods.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True)
+def methods_show(name: str, as_json: bool) -> None:
+    """What a method is, needs and can be told. Example: edgekd methods show dkd"""
+    from edgekd.distillers import distiller_names, method_class
+
+    if name not in distiller_names():
+        raise UsageError(*unknown_name("distillation method", name, distiller_names()))
+    made_by = method_class(name)
+    options = {
+        option: parameter.default
+        for option, parameter in inspect.signature(made_by).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    row = _method_row(name) | {"options": options, "text": inspect.getdoc(made_by) or ""}
+    if as_json:
+        click.echo(json.dumps(row, default=str))
+        return
+    click.echo(f"{row['name']}: {row['source']}\n\n{row.pop('text')}\n")
+    for key in ("parts", "teacher", "student", "labels", "black_box", "weight", "hard_weight"):
+        value = row[key]
+        click.echo(f"  {key.replace('_', ' '):12} {', '.join(value) if isinstance(value, list) else value}")
+    for option, default in options.items():
+        click.echo(f"  --set distill.options.{name}.{option}={json.dumps(default, default=str)}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+def doctor(as_json: bool) -> None:
+    """What this machine really has: runtimes, versions, devices, precisions. Example: edgekd doctor"""
+    from edgekd.stages.files import examine
+
+    emit(examine(), as_json)
+
+
+def emit(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(value, default=str))
+        return
+    _print_tree(value, 0)
+
+
+def _print_tree(value: dict[str, Any], depth: int) -> None:
+    for key, item in value.items():
+        pad = "  " * depth
+        if isinstance(item, dict):
+            click.echo(f"{pad}{key}")
+            _print_tree(item, depth + 1)
+        else:
+            shown = (
+                f"{item:.4g}"
+                if isinstance(item, float)
+                else ", ".join(map(str, item))
+                if isinstance(item, list | tuple)
+                else item
+            )
+            click.echo(f"{pad}{key}: {shown}")
