@@ -87,7 +87,7 @@ def prepare(room: Classroom, student: nn.Module) -> Lesson:
         torch.manual_seed(room.seed)
         taught = Outputs(torch.zeros(2, classes)) if teacher is None else _glance(teacher, room.example)
         for part in parts:
-            model = part.wrap(model, _glance(model, room.example), room.teacher.model)
+            model = part.wrap(model, _glance(model, room.example), teacher)
         seen = _glance(model, room.example)
         setting = Setting(len(room.labels), classes, room.labels, room.seed)
         for part in parts:

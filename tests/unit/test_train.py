@@ -424,5 +424,5 @@ class _NoWaiting(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(augment: str, optimizer: str) -> None:
     loop = _Loop(stage(views=views(2, augment), optimizer=optimizer))
     loop.open_epoch(0)
-    with _NoWaiting():
+    with _NoWaiting():  # type: ignore[no-untyped-call]
         loop.step()
