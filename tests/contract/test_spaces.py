@@ -158,6 +158,7 @@ def _settled(space: SearchSpace, genome: Genome, inputs: Tensor) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("size", "color", "seed"), [(28, "grey", 1), (32, "rgb", 5)])
 def test_a_student_can_be_exported_and_quantized_for_every_dialect(

@@ -175,6 +175,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     return of
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("name", WRAPS)
 def test_the_deployed_network_exports(name: str, exported: Callable[[str], Exported]) -> None:
     exact = exported(name).exact.numpy()
@@ -183,6 +184,7 @@ def test_the_deployed_network_exports(name: str, exported: Callable[[str], Expor
     np.testing.assert_allclose(session.run(images(5, 1)[:1].numpy()), exact[:1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize(
     ("name", "scheme"), [("simkd", SYMMETRIC), ("promptkd", ASYMMETRIC), ("dho", ASYMMETRIC)]
 )
