@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from edgekd import __version__, listings
+from edgekd import __version__, labelling, listings
+from edgekd.console import Console
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
 
 _KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
@@ -28,40 +29,6 @@ _STAGE_HELP = {
     "quantize": ("All up to quantization-aware training.", _KEPT),
     "export": ("All up to the ONNX files of each dialect.", _KEPT),
 }
-
-
-class _Console:
-    """Shows a run on stderr: a line per event and, on a terminal, progress bars."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = Console(stderr=True, highlight=False)
-        columns = (
-            TextColumn("  {task.description:18}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-        )
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Console:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def step(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done, total=total)
-        if done >= total:
-            self._progress.remove_task(self._tasks.pop(what))
 
 
 def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +96,7 @@ def _run(last: str, **given: Any) -> None:
     overrides |= dict(parse_override(text) for text in given["settings"])
     recipe = load_recipe(given["recipe_file"], overrides)
     folder = given["out"] or default_folder(recipe)
-    with _Console() as console:
+    with Console() as console:
         if recipe.teacher.source == "demo":
             console.say("built-in demonstration: Fashion-MNIST images and a teacher trained on them "
                         "(--teacher and --data use your own)")  # fmt: skip
@@ -268,7 +235,7 @@ def report(run: Path) -> None:
         click.echo(written)
 
 
-for _command in (listings.targets, listings.methods, listings.doctor):
+for _command in (labelling.select, labelling.label, listings.targets, listings.methods, listings.doctor):
     cli.add_command(_command)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgekd.distillers import methods
+from edgekd.distillers import methods, refuse_unmet
 from edgekd.errors import UsageError, unknown_name
+from edgekd.layout import TAPS
 from edgekd.proxies import proxy
 from edgekd.quantize.calibrators import calibrator
 from edgekd.recipe import Recipe, load_recipe
@@ -17,6 +18,7 @@ from edgekd.spaces import space_names
 from edgekd.stages import bundle, distill, export, gate, given, profile, quantize, search, teacher
 from edgekd.stages.bench import Bench
 from edgekd.stages.student import check_given
+from edgekd.stages.training_set import has_unlabelled
 from edgekd.target import find_target
 
 
@@ -58,7 +60,7 @@ def run_pipeline(
     bench = Bench(run)
     outside = {
         "teacher": [recipe.teacher, fingerprint(recipe.teacher.source), fingerprint(recipe.teacher.weights)],
-        "data": [recipe.data, fingerprint(recipe.data.source)],
+        "data": [recipe.data, fingerprint(recipe.data.source), fingerprint(recipe.data.unlabeled)],
     }
     steps: dict[str, tuple[dict[str, object], tuple[str, ...], Callable[[Bench], dict[str, Any]]]] = {
         "teacher": (outside | {"seed": recipe.seed}, ("1-teacher.json",), teacher.run),
@@ -95,12 +97,16 @@ def run_pipeline(
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Refuse an unknown method, score, space or calibrator before any work, not when its stage comes.
+    """Refuse an unknown method, score, space or calibrator before any work, not when its stage comes; and a
+    method that needs labels which some images will not have.
 
     Raises:
         UsageError: names the unknown one and the nearest known one.
     """
-    methods(recipe.distill.method, recipe.distill.options)
+    parts = methods(recipe.distill.method, recipe.distill.options)
+    if has_unlabelled(recipe.data) and not recipe.distill.weights:
+        taps = ("logits",) if recipe.teacher.source.endswith(".onnx") else TAPS
+        refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=False)
     proxy(recipe.search.score)
     calibrator(recipe.quantize.calibrator)
     if recipe.search.space not in space_names():

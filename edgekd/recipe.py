@@ -32,9 +32,14 @@ class TeacherRecipe(_Strict, frozen=True):
 
 
 class DataRecipe(_Strict, frozen=True):
-    """`source`: ``demo``, an image folder, a ``.npz`` file or a `datasets` folder saved to disk."""
+    """`source`: ``demo``, an image folder, a ``.npz`` file or a `datasets` folder saved to disk. `unlabeled`:
+    further images to train on, a folder or a ``.npz`` file; `pool_per_class` of them at most, 0 is all.
+    `labelled_fraction`: share of the training images whose labels are used."""
 
     source: str = "demo"
+    unlabeled: str = ""
+    pool_per_class: Annotated[int, msgspec.Meta(ge=0)] = 0
+    labelled_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     validation_fraction: _Share = 0.2
     selection_fraction: _Share = 0.04
     image_size: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -5,6 +5,7 @@ A teacher is data unless the user names a factory (`edgekd.user_model`).
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -83,6 +84,8 @@ class LoadedTeacher:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     batch: int | None = None  # of an ONNX file with a fixed batch axis
+    classes: tuple[str, ...] = ()  # of an ONNX file that names them
+    outputs: int | None = None  # of an ONNX file: how many classes, where its graph says so
 
 
 def load_teacher(recipe: TeacherRecipe, classes: int | None = None) -> LoadedTeacher:
@@ -237,14 +240,25 @@ def _onnx(path: Path) -> LoadedTeacher:
             f"teacher {path}: expected one input (N, C, H, W), got {[i.name for i in inputs]}: {shape}"
         )
     size = (shape[2], shape[3]) if shape[2] and shape[3] else None
+    stated = {entry.key: entry.value for entry in model.metadata_props}
+    try:  # a file of edgekd's own tells what it was trained with; others may use the keys for other things
+        preprocess, classes = json.loads(stated["preprocess"]), tuple(json.loads(stated["labels"]))
+        mean, std = tuple(map(float, preprocess["mean"])), tuple(map(float, preprocess["std"]))
+    except (KeyError, TypeError, ValueError):
+        mean, std, classes = (), (), ()
+    last = model.graph.output[0].type.tensor_type.shape.dim
     return LoadedTeacher(
         None,
         path,
         sha256_file(path),
         path.stat().st_size / 2**20,
+        mean,
+        std,
         image_size=size,
         channels=shape[1] or None,
         batch=shape[0] or None,
+        classes=classes,
+        outputs=(last[-1].dim_value or None) if len(last) else None,
     )
 
 

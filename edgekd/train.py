@@ -20,6 +20,7 @@ from edgekd.distillers import Context, Distiller
 from edgekd.errors import StorageError, TrainingDivergedError
 from edgekd.files import write_atomic
 from edgekd.nets import Batch, Outputs
+from edgekd.orders import epoch_order
 from edgekd.plan import Pace, Plan
 from edgekd.tasks.classification import hard_label_loss
 from edgekd.views import CachedTeacher, Views
@@ -185,8 +186,8 @@ class _Loop:
         else:
             stage.views.select(view)
         generator = torch.Generator().manual_seed((stage.seed << 20) + epoch)
-        order = torch.randperm(len(stage.labels), generator=generator)[: self._order.numel()]
-        self._order.copy_(order.view_as(self._order))
+        paired = any(distiller.needs.some_labels for distiller in stage.distillers)
+        self._order.copy_(epoch_order(stage.labels, self._order.shape, generator, paired=paired))
         self._position.zero_()
         self._step.fill_(epoch * stage.steps_per_epoch)
         self.context.epoch.fill_(epoch)

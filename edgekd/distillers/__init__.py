@@ -225,7 +225,7 @@ def refuse_unmet(
         if needs.classifier and "embedding" not in teacher_taps:
             return f"the teacher's classifier; it gives {', '.join(teacher_taps)}"
         unlabelled = needs.labels and not needs.some_labels and not labels
-        return "labels, and these samples have none" if unlabelled else ""
+        return "labels, and not all of these samples have one" if unlabelled else ""
 
     for distiller in distillers:
         reason = unmet(distiller.needs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from functools import cached_property
 
@@ -12,20 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from edgekd import export
 from edgekd.distillers import plain
-from edgekd.errors import DataError, UnsupportedModelError, UsageError
-from edgekd.files import sha256_json
+from edgekd.errors import UsageError
 from edgekd.quantize.capture import capture
 from edgekd.run import Run
 from edgekd.sources import Dataset, load_dataset
-from edgekd.sources.dataset import stratified_split
+from edgekd.sources.dataset import Request, stratified_split
 from edgekd.spaces import Genome, SearchSpace, search_space
-from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.spec import ModelSpec
 from edgekd.stages.lesson import Classroom, prepare
+from edgekd.stages.ready import model_spec, ready_teacher
 from edgekd.stages.student import Blueprint, read_blueprint
+from edgekd.stages.training_set import TrainingSet, training_set
 from edgekd.tasks.classification import normalise, to_tensor
-from edgekd.teacher import LoadedTeacher, Teacher, load_teacher, use_fastest_runtime
+from edgekd.teacher import LoadedTeacher, Teacher, load_teacher
 from edgekd.user_model import STUDENT, from_factory, load_weights
 from edgekd.views import Views
 
@@ -63,41 +62,20 @@ class Bench:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        height, width, channels = self.data.shape
-        mean = self._per_channel("mean", self.recipe.teacher.mean or self.loaded.mean or (0.0,), channels)
-        std = self._per_channel("std", self.recipe.teacher.std or self.loaded.std or (1.0,), channels)
-        color = "grey" if channels == 1 else "rgb"
-        return ModelSpec(Preprocessing(height, width, color, mean, std), self.data.classes)
-
-    def _per_channel(self, name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-        if name == "std" and min(values) <= 0:
-            raise DataError(f"teacher.std must be positive, got {values}", "such as --std 0.229,0.224,0.225")
-        if len(values) == 1:
-            return values * channels
-        if len(values) != channels:
-            raise DataError(f"teacher.{name} has {len(values)} values, the images have {channels} channels")
-        return values
+        return model_spec(self.loaded, self.recipe.teacher, self.data.shape, self.data.classes)
 
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher, with its ONNX form beside it where it has one, in the fastest faithful runtime."""
-        loaded = self.loaded
-        key = sha256_json([loaded.sha256, self.spec])[:12]
-        path = self.run.folder / "checkpoints" / f"teacher-{key}.onnx"
-        teacher = Teacher(
-            self.recipe.teacher.source, self.spec, loaded.sha256, loaded.size_mib, loaded.model, loaded.onnx
+        return ready_teacher(
+            self.loaded,
+            self.recipe.teacher.source,
+            self.spec,
+            folder=self.run.folder / "checkpoints",
+            inputs=self.validation_inputs[:256],
+            threads=self.recipe.threads,
+            say=self.run.reporter.say,
         )
-        teacher.batch = loaded.batch
-        if loaded.model is not None:
-            if not path.exists():
-                try:
-                    export.save(export.to_onnx(capture(loaded.model, self.spec.input_shape), self.spec), path)
-                except UnsupportedModelError as error:
-                    self.run.reporter.say(f"the teacher stays in torch: {error.message}")
-            teacher.onnx = path if path.exists() else None
-        threads = self.recipe.threads or len(os.sched_getaffinity(0))
-        use_fastest_runtime(teacher, self.validation_inputs[:256], threads)
-        return teacher
 
     @cached_property
     def validation_inputs(self) -> Tensor:
@@ -118,8 +96,22 @@ class Bench:
 
     @cached_property
     def labels(self) -> Tensor:
-        """int64 labels of the images to train on."""
-        return torch.from_numpy(self.data.train_labels)[self.split[0]]
+        """int64 labels of the images to train on, -1 where there is none."""
+        return torch.from_numpy(self.training.labels)
+
+    @cached_property
+    def training(self) -> TrainingSet:
+        """The images to train on: those of the data that are not held out, and the pool without labels."""
+        height, width, channels = self.data.shape
+        color, cache = "grey" if channels == 1 else "rgb", self.run.folder / "cache" / "unlabeled"
+        request = Request(self.recipe.data, self.recipe.seed, (height, width), color, cache,
+                          self.counter("read unlabelled images"))  # fmt: skip
+
+        def answers(images: NDArray[np.uint8]) -> Array:
+            return self.teacher.logits(normalise(to_tensor(images), self.spec.preprocessing)).numpy()
+
+        train, held_out = (part.numpy() for part in self.split)
+        return training_set(self.data, train, held_out, request, answers)
 
     @cached_property
     def selection(self) -> tuple[Tensor, Tensor]:
@@ -134,7 +126,7 @@ class Bench:
 
     def views_on(self, device: str) -> Views:
         """The views of the training images, in the memory of a device."""
-        images = to_tensor(self.data.train_images[self.split[0].numpy()])
+        images = to_tensor(self.training.images)
         data, views = self.recipe.data, self.recipe.distill.views
         margin = data.crop_margin or None
         return Views(images, self.spec.preprocessing, data.augment, views, self.recipe.seed, device, margin)

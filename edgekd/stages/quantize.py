@@ -102,13 +102,12 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def _calibration_batches(bench: Bench) -> list[torch.Tensor]:
-    """Training images without augmentation, drawn evenly from all classes."""
+    """Training images without augmentation, drawn evenly from all classes and those without a label."""
     count = min(bench.recipe.quantize.calibration_images, len(bench.labels))
     order = torch.randperm(len(bench.labels), generator=torch.Generator().manual_seed(bench.recipe.seed))
-    by_class = [order[bench.labels[order] == label] for label in range(len(bench.spec.classes))]
+    by_class = [order[bench.labels[order] == label] for label in range(-1, len(bench.spec.classes))]
     rounds = [part[i] for i in range(max(map(len, by_class))) for part in by_class if i < len(part)]
-    index = bench.split[0][torch.stack(rounds[:count])]
-    images = to_tensor(bench.data.train_images[index.numpy()])
+    images = to_tensor(bench.training.images[torch.stack(rounds[:count]).numpy()])
     return list(torch.split(normalise(images, bench.spec.preprocessing), 128))
 
 
@@ -125,7 +124,7 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
     else:
         inputs = bench.views.batch(torch.arange(min(distill.batch_size, len(bench.views))))
         plan, _ = probe(graph, inputs, bench.recipe.threads, allow_bfloat16=False)
-    images = to_tensor(bench.data.train_images[bench.split[0].numpy()])
+    images = to_tensor(bench.training.images)
     views = Views(images, bench.spec.preprocessing, "none", 1, bench.recipe.seed)
     history = fit(
         Stage(

@@ -107,6 +107,8 @@ class _Evaluator:
         images = to_tensor(bench.data.train_images[index.numpy()])
         self._inputs = normalise(images, bench.spec.preprocessing)
         self._labels = torch.from_numpy(bench.data.train_labels)[index]
+        if bench.recipe.data.labelled_fraction < 1:  # the teacher's answers, where labels may not be known
+            self._labels = bench.teacher.logits(self._inputs).argmax(1)
         self._teacher = self._teacher_outputs(bench)
         self._path = bench.run.folder / "checkpoints" / "search.jsonl"
         self._known = _stored(self._path, bench)

@@ -17,7 +17,13 @@ def run(bench: Bench) -> dict[str, Any]:
     data, teacher = bench.data, bench.teacher
     accuracy = check_teacher(teacher, torch.from_numpy(bench.teacher_logits), data.validation_labels)
     metrics = {
-        "data": summary(data) | {"train": len(bench.split[0]), "selection": len(bench.split[1])},
+        "data": summary(data)
+        | {
+            "train": len(bench.labels),
+            "labelled": int((bench.labels >= 0).sum()),
+            "selection": len(bench.split[1]),
+            "pool": bench.training.pool,
+        },
         "teacher": {
             "name": teacher.name,
             "accuracy": accuracy,
@@ -31,8 +37,22 @@ def run(bench: Bench) -> dict[str, Any]:
         },
     }
     write_json(bench.run.folder / "1-teacher.json", metrics)
+    if metrics["data"]["labelled"] < metrics["data"]["train"]:
+        bench.run.reporter.say(_unlabelled(metrics["data"]))
     bench.run.reporter.say(
         f"  teacher {teacher.name}: {100 * accuracy:.2f} % of {len(data.validation_labels)} validation "
         f"images; its logits come from {teacher.runtime}"
     )
     return metrics
+
+
+def _unlabelled(facts: dict[str, Any]) -> str:
+    """What the training images are, where some have no label."""
+    pool = facts["pool"]
+    said = f"  {facts['train']} training images, {facts['labelled']} of them with a label"
+    if pool is None:
+        return said
+    return (
+        f"{said}; {pool['kept']} of {pool['found']} of the pool, "
+        f"{pool['copies_of_held_out']} left out as copies of validation or held-out images"
+    )
