@@ -103,6 +103,12 @@ class StudentError(EdgekdError):
     exit_code = 21
 
 
+class DeviceMemoryError(EdgekdError):
+    """A training step does not fit into the memory of the CUDA device."""
+
+    exit_code = 22
+
+
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> tuple[str, str]:
     """Message and hint for a name that is not in a table, with the nearest known name."""
     names = sorted(known)

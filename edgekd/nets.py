@@ -42,6 +42,24 @@ class Outputs:
     extra_maps: tuple[Tensor, ...] = ()
 
 
+def as_outputs(made: Outputs | Tensor) -> Outputs:
+    """What a network gave, be it logits alone."""
+    return made if isinstance(made, Outputs) else Outputs(made)
+
+
+def evaluate(model: nn.Module, inputs: Tensor, batch_size: int = 250) -> Tensor:
+    """float32 (N, classes) logits in eval mode without gradients, on the CPU."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    device = next((p.device for p in model.parameters()), inputs.device)
+    with torch.inference_mode():
+        made = [as_outputs(model(part.to(device))).logits for part in torch.split(inputs, batch_size)]
+        parts = [logits.float() for logits in made]
+    for module, mode in training.items():
+        module.training = mode
+    return torch.cat(parts).cpu().clone()
+
+
 def wide(values: Tensor) -> Tensor:
     """Half precision as float32: sums need the mantissa."""
     return values if values.dtype.itemsize >= 4 else values.float()

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgekd.errors import DeviceMemoryError
+
 log = logging.getLogger(__name__)
 
 
@@ -65,6 +67,25 @@ class Plan:
         return inputs.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs
 
 
+@contextmanager
+def within_memory(batch_size: int) -> Iterator[None]:
+    """Steps of `batch_size` images run inside.
+
+    Raises:
+        DeviceMemoryError: they do not fit into the memory of the CUDA device.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = (str(error).splitlines() or [""])[0].partition(". ")[0]
+        raise DeviceMemoryError(
+            f"{batch_size} images a step do not fit into the memory of the device: {first}",
+            f"try half of it: --set distill.batch_size={batch_size // 2}"
+            if batch_size >= 4
+            else "free memory on the device, or train on the processor: --set device=cpu",
+        ) from error
+
+
 class Pace:
     """Goes on with one thread where several turn out slower than one was in the probe: two threads wait for
     each other whenever something else takes a core, and a training then takes ten times as long."""
@@ -105,6 +126,9 @@ def probe(
 
     `threads` 0 tries one thread and all that this process may use. Returns the plan, and images per second
     of each.
+
+    Raises:
+        DeviceMemoryError: a step does not fit into the memory of the CUDA device.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = sorted({1, available}) if threads == 0 else [threads]
@@ -113,8 +137,9 @@ def probe(
     forms = [(False, False), (False, True), *([(True, True)] if allow_bfloat16 else [])]
     plans = [Plan(n, half, last, device=device) for n in counts for half, last in forms]
     rates: dict[str, float] = {}
-    for plan in plans:
-        rates[str(plan)] = _rate(model, inputs, plan, seconds)
+    with within_memory(len(inputs)):
+        for plan in plans:
+            rates[str(plan)] = _rate(model, inputs, plan, seconds)
     best = max(plans, key=lambda plan: rates[str(plan)])
     alone = rates.get(str(replace(best, threads=1)), 0.0)
     best = replace(best, one_thread_rate=round(alone, 1), graphed=device != "cpu")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgekd.logit_store import LogitStore
+from edgekd.nets import Outputs
+from edgekd.ranks import ALONE, Ranks
 from edgekd.spec import Preprocessing
 
 AUGMENTATIONS = ("crop-mix", "crop-flip", "crop", "none")
@@ -38,7 +42,7 @@ class Views:
         """`images`: uint8 (N, C, H, W). `count`: number of different views; 0 is a new one every epoch.
         `margin`: largest shift in pixels; None is 1/28 of the size."""
         self.count = 1 if augment == "none" else count
-        self.mixes = augment == "crop-mix"
+        self.augment, self.mixes = augment, augment == "crop-mix"
         self._flips, self._seed = augment == "crop-flip", seed
         self._size = (images.shape[2], images.shape[3])
         if margin is None:
@@ -70,6 +74,15 @@ class Views:
     def device(self) -> torch.device:
         """Where the images are."""
         return self._padded.device
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that the pixels of a view depend on: images, augmentation, normalisation,
+        seed; not of how many views there are."""
+        choices = (self.mixes, self._flips, self._margin, self._seed, self._scale)
+        normalisation = (self._mean.flatten().tolist(), self._std.flatten().tolist())
+        made = hashlib.sha256(repr((choices, normalisation, tuple(self._padded.shape))).encode())
+        made.update(self._padded.cpu().numpy().data)
+        return made.hexdigest()
 
     def of_epoch(self, epoch: int) -> int:
         """The view shown in an epoch."""
@@ -115,20 +128,56 @@ class Views:
 
 
 class CachedTeacher:
-    """Teacher logits per view, computed when a view is first met: exact, because views never change."""
+    """Teacher logits per view, computed when a view is first met: exact, because views never change.
 
-    def __init__(self, logits: Callable[[Tensor], Tensor], views: Views, batch_size: int = 256) -> None:
-        self._logits, self._views, self._batch_size = logits, views, batch_size
+    Those of `others`, further teachers, are stored in columns beside those of the first. With a `store`, what
+    was computed before is read from it. Several processes share the work, and each has all of the result.
+    """
+
+    def __init__(
+        self,
+        logits: Callable[[Tensor], Tensor],
+        views: Views,
+        batch_size: int = 256,
+        others: Sequence[Callable[[Tensor], Tensor]] = (),
+        store: LogitStore | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self._teachers, self._views, self._batch_size = (logits, *others), views, batch_size
+        self._store, self._ranks = store if views.count else None, ranks
         self._cache: dict[int, Tensor] = {}
+        self._widths: tuple[int, ...] = ()
 
     def of(self, view: int) -> Tensor:
-        """(N, classes) logits of all samples in a view, which is selected on return."""
+        """(N, classes) logits of all samples in a view, which is selected on return; with further teachers
+        there are as many columns more as those have classes."""
         self._views.select(view)
         if view not in self._cache:
             if not self._views.count:  # every epoch has its own view: nothing is shown twice
                 self._cache.clear()
-            parts = torch.split(torch.arange(len(self._views)), self._batch_size)
-            device = self._views.device
-            rows = [self._logits(self._views.batch(part.to(device)).cpu()) for part in parts]
-            self._cache[view] = torch.cat(rows).to(device)
+            self._cache[view] = self._stored(view).to(self._views.device)
         return self._cache[view]
+
+    def _stored(self, view: int) -> Tensor:
+        """From the store, where it has them on all processes, else computed; the view is selected."""
+        found = None if self._store is None else self._store.read(view)
+        if self._store is not None and self._ranks.all(found is not None) and found is not None:
+            self._widths = found[1]
+            return found[0]
+        parts = torch.split(torch.arange(len(self._views)), self._batch_size)
+        answers = [self._ask(part) for part in parts[self._ranks.part(len(parts))]]
+        made = self._ranks.collect(answers)
+        self._widths = tuple(answer.shape[1] for answer in made[0])
+        rows = torch.cat([torch.cat(answer, 1) for answer in made])
+        if self._store is not None:
+            self._store.write(view, rows, self._widths)
+        return rows
+
+    def _ask(self, part: Tensor) -> list[Tensor]:
+        inputs = self._views.batch(part.to(self._views.device)).cpu()
+        return [logits(inputs) for logits in self._teachers]
+
+    def outputs(self, rows: Tensor) -> Outputs:
+        """Rows of what `of` gave as outputs: the logits of further teachers are the exits."""
+        first, *others = rows.split(self._widths or (rows.shape[1],), 1)
+        return Outputs(first, exits=tuple(others))

@@ -270,16 +270,16 @@ def test_the_same_command_finds_everything_up_to_date(finished: Finished, tiny: 
 # killed at one call of one function.
 PINNED = """
 import os, signal, sys
-import edgekd.stages.distill, edgekd.stages.search, edgekd.train
+import edgekd.loop, edgekd.stages.distill, edgekd.stages.search
 from edgekd import cli
-from edgekd.train import Plan
+from edgekd.plan import Plan
 
 where, call = sys.argv.pop(1).split(":")
 edgekd.stages.distill.probe = lambda *a, **k: (Plan(1, False, False), {"pinned": 1.0})
 owner, name = {
     "search": (edgekd.stages.search._Evaluator, "_evaluate"),
-    "distill": (edgekd.train, "_update_average"),
-    "nowhere": (edgekd.train, "_schedule"),
+    "distill": (edgekd.loop.Loop, "_update_average"),
+    "nowhere": (edgekd.loop.Loop, "finish"),
 }[where]
 real, count = getattr(owner, name), 0
 

@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from samples import CLASSES, SIZE, shapes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgekd.distillers import methods
-from edgekd.errors import StorageError, TrainingDivergedError
+from edgekd.errors import DeviceMemoryError, StorageError, TrainingDivergedError
+from edgekd.logit_store import LogitStore
+from edgekd.loop import Loop
+from edgekd.optimizer import make_optimizer, rate_share
 from edgekd.plan import Plan, probe
 from edgekd.spec import Preprocessing
 from edgekd.tasks.classification import normalise
-from edgekd.train import Stage, _Loop, _schedule, evaluate, fit, load_checkpoint
+from edgekd.train import Stage, evaluate, fit, load_checkpoint
 from edgekd.views import AUGMENTATIONS, CachedTeacher, Views
 
 PREPROCESSING = Preprocessing(SIZE, SIZE, "grey", (0.1,), (0.3,))
@@ -83,14 +87,14 @@ def first_weight(made: Stage) -> Tensor:
 def nothing(what: str, done: int, total: int) -> None: ...
 
 
-class _Killed(Exception):  # noqa: N818 - stands for a signal
+class Killed(Exception):  # noqa: N818 - stands for a signal
     """Stands for a process that dies."""
 
 
 def killed_at(step: int) -> Callable[[str, int, int], None]:
     def progress(what: str, done: int, total: int) -> None:
         if done == step:
-            raise _Killed
+            raise Killed
 
     return progress
 
@@ -108,7 +112,7 @@ def test_a_killed_training_ends_with_the_same_bits(plan: str, step: int, tmp_pat
     """64 images in batches of 21 are three steps an epoch; steps count from 1."""
     straight = stage(plan=PLANS[plan])
     history = fit(straight, nothing)
-    with pytest.raises(_Killed):
+    with pytest.raises(Killed):
         fit(stage(tmp_path / "c.pt", plan=PLANS[plan]), killed_at(step))
     stored = load_checkpoint(tmp_path / "c.pt")
     assert (0 if stored is None else len(stored["history"])) == (step - 1) // 3
@@ -178,7 +182,52 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_p
     assert all(torch.isfinite(value).all() for value in stored["model"].values())
 
 
+def test_steps_that_do_not_fit_into_the_memory_name_half_the_batch() -> None:
+    class Huge(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    for work in (
+        lambda: fit(stage(model=Huge(nn.Linear(1, 1)), batch_size=20), nothing),
+        lambda: probe(Huge(nn.Linear(1, 1)), normalise(PIXELS[:20], PREPROCESSING), 1, seconds=0.0),
+    ):
+        with pytest.raises(DeviceMemoryError) as caught:
+            work()
+        assert "20 images a step do not fit" in caught.value.message
+        assert "CUDA out of memory" in caught.value.message
+        assert "--set distill.batch_size=10" in caught.value.hint
+        assert caught.value.exit_code == 22
+
+
 # ---------------------------------------------------------------- steps
+
+
+def test_the_losses_are_those_of_a_plain_loop() -> None:
+    """Everything but schedule and views written out again: KD at temperature 4, weights 0.9 and 0.1."""
+    history = fit(stage(ema_decay=0.0, epochs=3), nothing)
+    student, seen = model().train(), views()
+    matrices = [parameter for parameter in student.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in student.parameters() if parameter.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 1e-2}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
+    losses = []
+    for step in range(9):
+        epoch, number = divmod(step, 3)
+        seen.select(epoch % 2)
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(epoch))
+        index = order[21 * number : 21 * (number + 1)]
+        logits, taught = student(seen.batch(index)), teacher(seen.batch(index))
+        ours, theirs = (F.log_softmax(each / 4, 1) for each in (logits, taught))
+        loss = 0.9 * 16 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        loss = loss + 0.1 * F.cross_entropy(logits, LABELS[index])
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * rate_share(step / 9, 0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    plain = [sum(losses[start : start + 3]) / 3 for start in (0, 3, 6)]
+    assert [row["loss"] for row in history] == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -228,15 +277,13 @@ def test_progress_counts_all_steps() -> None:
 
 
 def test_weight_decay_spares_vectors() -> None:
-    from edgekd.train import _optimizer
-
-    for group in _optimizer(stage(), nn.ModuleList()).param_groups:
+    for group in make_optimizer(model().parameters(), "adamw", 1e-2, 1e-2, "cpu").param_groups:
         for parameter in group["params"]:
             assert (parameter.dim() > 1) == (group["weight_decay"] > 0)
 
 
 def test_the_rate_warms_up_and_ends_at_zero() -> None:
-    rates = [_schedule(step / 100, 0.1) for step in range(101)]
+    rates = [rate_share(step / 100, 0.1) for step in range(101)]
     assert rates[0] == pytest.approx(0.05)
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5)
@@ -375,6 +422,75 @@ def test_a_new_view_every_epoch_is_asked_of_the_teacher_once() -> None:
     assert sum(batches) == 5 * 64
 
 
+# ---------------------------------------------------------------- logits on disk
+
+
+def stored(
+    folder: Path, said: list[str], asked: list[int], key: object = "of this teacher", **changes: Any
+) -> Stage:
+    """A training of four views with its logits in `folder`; `asked` counts what the teacher is shown."""
+
+    def counting(inputs: Tensor) -> Tensor:
+        asked.append(len(inputs))
+        return teacher(inputs)
+
+    seen = views(4)
+    store = LogitStore(folder, "logits", [key, seen.digest()], said.append, writes=True)
+    taught = CachedTeacher(counting, seen, store=store)
+    made: dict[str, Any] = {"checkpoint": folder / "c.pt", "views": seen, "teacher": taught} | changes
+    return stage(**made)
+
+
+def test_a_killed_training_does_not_ask_again_about_views_it_has_seen(tmp_path: Path) -> None:
+    straight = stage(views=views(4))
+    history = fit(straight, nothing)
+    asked: list[int] = []
+    with pytest.raises(Killed):
+        fit(stored(tmp_path, [], asked), killed_at(8))
+    assert sum(asked) == 3 * 64  # steps 7 to 9 show the third view
+    asked.clear()
+    said: list[str] = []
+    resumed = stored(tmp_path, said, asked)
+    assert without_time(fit(resumed, nothing)) == without_time(history)
+    assert sum(asked) == 64
+    assert not said
+    assert torch.equal(first_weight(resumed), first_weight(straight))
+
+
+@pytest.mark.parametrize("change", ["another teacher", "damaged", "cut off"])
+def test_stored_logits_that_do_not_fit_are_made_again_with_a_notice(change: str, tmp_path: Path) -> None:
+    asked: list[int] = []
+    fit(stored(tmp_path, [], asked, checkpoint=None), nothing)
+    for path in tmp_path.glob("logits-*.safetensors"):
+        if change != "another teacher":
+            path.write_bytes(b"damaged" if change == "damaged" else path.read_bytes()[:-40])
+    asked.clear()
+    said: list[str] = []
+    key = change if change == "another teacher" else "of this teacher"
+    fit(stored(tmp_path, said, asked, key, checkpoint=None), nothing)
+    assert sum(asked) == 4 * 64
+    assert len(said) == 1
+    assert str(tmp_path) in said[0]
+    assert "computed again" in said[0]
+    asked.clear()
+    fit(stored(tmp_path, said, asked, key, checkpoint=None), nothing)
+    assert not asked
+
+
+def test_the_digest_of_views_follows_pixels_and_augmentation() -> None:
+    assert views().digest() == views(7).digest()
+    others = [views(seed=1), views(augment="crop"), Views(PIXELS[1:], PREPROCESSING, "crop-flip", 2, 0)]
+    others.append(Views(PIXELS, Preprocessing(SIZE, SIZE, "grey", (0.2,), (0.3,)), "crop-flip", 2, 0))
+    assert len({views().digest(), *(other.digest() for other in others)}) == 5
+
+
+def test_new_views_every_epoch_are_not_stored(tmp_path: Path) -> None:
+    seen = views(0)
+    store = LogitStore(tmp_path, "logits", [], lambda text: None, writes=True)
+    fit(stage(views=seen, teacher=CachedTeacher(teacher, seen, store=store)), nothing)
+    assert not list(tmp_path.iterdir())
+
+
 class _Online(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         return teacher(inputs)
@@ -388,7 +504,7 @@ def test_a_teacher_in_the_loop_teaches_like_its_stored_logits() -> None:
 
 
 def test_milestones_cut_the_rate() -> None:
-    rates = [_schedule(share, 0.1, (0.5, 0.75)) for share in (0.0, 0.49, 0.5, 0.8)]
+    rates = [rate_share(share, 0.1, (0.5, 0.75)) for share in (0.0, 0.49, 0.5, 0.8)]
     assert rates == pytest.approx([1, 1, 0.1, 0.01])
 
 
@@ -399,7 +515,7 @@ def test_sgd_learns_and_resumes(tmp_path: Path) -> None:
     straight = stage(**changes)
     history = fit(straight, nothing)
     assert history[-1]["loss"] < history[0]["loss"]
-    with pytest.raises(_Killed):
+    with pytest.raises(Killed):
         fit(stage(tmp_path / "c.pt", **changes), killed_at(7))
     resumed = stage(tmp_path / "c.pt", **changes)
     fit(resumed, nothing)
@@ -422,7 +538,7 @@ class _NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_step_never_waits_for_the_device(augment: str, optimizer: str) -> None:
-    loop = _Loop(stage(views=views(2, augment), optimizer=optimizer))
+    loop = Loop(stage(views=views(2, augment), optimizer=optimizer))
     loop.open_epoch(0)
     with _NoWaiting():  # type: ignore[no-untyped-call]
         loop.step()

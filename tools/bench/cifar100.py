@@ -176,7 +176,7 @@ def train_all(bench: Bench, jobs: list[tuple[str, int, dict[str, Any]]], out: Pa
 
 def speed(bench: Bench, method: str, steps: int = 200) -> None:
     """Milliseconds a step of three plans, interleaved, the median of five rounds."""
-    from edgekd.train import _Loop
+    from edgekd.loop import Loop
 
     plans = {
         "eager f32": replace(bench.plan, bfloat16=False, graphed=False, compiled=False),
@@ -184,9 +184,9 @@ def speed(bench: Bench, method: str, steps: int = 200) -> None:
         "graph": replace(bench.plan, graphed=True, compiled=False),
         "graph + compile": replace(bench.plan, graphed=True, compiled=True),
     }
-    loops: dict[str, _Loop] = {}
+    loops: dict[str, Loop] = {}
     for name, plan in plans.items():
-        loop = _Loop(replace(bench, plan=plan, epochs=100).stage(method, 0, {}))
+        loop = Loop(replace(bench, plan=plan, epochs=100).stage(method, 0, {}))
         loop.open_epoch(0)
         for _ in range(10):
             loop.step()
