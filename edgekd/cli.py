@@ -13,6 +13,7 @@ import click
 
 from edgekd import __version__, labelling, listings
 from edgekd.console import Console
+from edgekd.embed.command import embed
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
 
 _KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
@@ -235,7 +236,14 @@ def report(run: Path) -> None:
         click.echo(written)
 
 
-for _command in (labelling.select, labelling.label, listings.targets, listings.methods, listings.doctor):
+for _command in (
+    embed,
+    labelling.select,
+    labelling.label,
+    listings.targets,
+    listings.methods,
+    listings.doctor,
+):
     cli.add_command(_command)
 
 
