@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekd.errors import InfeasibleBudgetError
+from edgekd.ranking import Values, groups, rank_sum, ranks
 
 Genome = tuple[int, ...]
 _HOPELESS = -1e6  # objective of a candidate outside the budget, which is never scored
@@ -113,15 +114,16 @@ def search(
 
 
 def _objective(candidate: Candidate, reference: Sequence[Candidate]) -> float:
-    """Mean of the score's terms, each in standard deviations of the first generation."""
+    """Mean of the score's terms, each in standard deviations of the first generation; of several scores,
+    each counts alike."""
     if not candidate.terms:
         return _HOPELESS
-    values = []
+    values = {}
     for name, value in candidate.terms.items():
         known = [c.terms[name] for c in reference if name in c.terms]
         spread = float(np.std(known)) if len(known) > 1 else 0.0
-        values.append((value - float(np.mean(known))) / spread if spread > 0 else 0.0)
-    return float(np.mean(values))
+        values[name] = (value - float(np.mean(known))) / spread if spread > 0 else 0.0
+    return float(np.mean([np.mean([values[n] for n in names]) for names in groups(list(values)).values()]))
 
 
 def _conclude(candidates: list[Candidate], generation: list[int], limits: Limits) -> Found:
@@ -130,9 +132,7 @@ def _conclude(candidates: list[Candidate], generation: list[int], limits: Limits
         raise _infeasible(candidates, limits)
     rows = [i for i, ok in enumerate(usable) if ok]
     score: list[float | None] = [None] * len(candidates)
-    combined = np.mean(
-        [_ranks([candidates[i].terms[name] for i in rows]) for name in candidates[rows[0]].terms], 0
-    )
+    combined = rank_sum([candidates[i].terms for i in rows])
     for row, value in zip(rows, combined, strict=True):
         score[row] = float(value)
     return Found(
@@ -147,22 +147,14 @@ def _conclude(candidates: list[Candidate], generation: list[int], limits: Limits
     )
 
 
-def choose(candidates: Sequence[Candidate], score: Sequence[float], rows: Sequence[int]) -> int:
+def choose(candidates: Sequence[Candidate], score: Sequence[float] | Values, rows: Sequence[int]) -> int:
     """The row with the highest sum of two ranks: score and MACs.
 
     MACs take part because they are the stronger predictor wherever sizes vary freely; the score decides
     among students of like size (docs/decisions/0002-search-score.md).
     """
-    merit = _ranks(list(score)) + _ranks([c.macs for c in candidates])
+    merit = ranks(score) + ranks([c.macs for c in candidates])
     return rows[int(np.argmax(merit))]
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Ranks scaled to 0..1, ties by mean; higher is better."""
-    array = np.asarray(values, dtype=np.float64)
-    below = (array[:, None] > array[None]).sum(1) + 0.5 * ((array[:, None] == array[None]).sum(1) - 1)
-    ranks: np.ndarray[tuple[int], np.dtype[np.float64]] = below / max(1, len(array) - 1)
-    return ranks
 
 
 def _infeasible(candidates: list[Candidate], limits: Limits) -> InfeasibleBudgetError:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.nets import Outputs
+from edgekd.proxies import OutputProxy
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -53,21 +54,60 @@ def to_width(embedding: Tensor, width: int) -> Tensor:
     return embedding.float() @ projection
 
 
-class DisWot:
-    """Both terms. A teacher without features is compared by its logits' relations; without an embedding
-    the semantic term is left out."""
+class DisWot(OutputProxy):
+    """Both terms, combined over a population: z-scored during the evolution, as ranks at its end.
+
+    A teacher without features is compared by its logits' relations; without an embedding the semantic term
+    is left out.
+    """
 
     def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
-        if teacher.features is None or student.features is None:
-            found = {"relation": relation(student.logits, teacher.logits).item()}
-        else:
-            found = {"relation": relation(student.features, teacher.features).item()}
-        if teacher.embedding is not None and student.embedding is not None:
-            width = min(student.embedding.shape[1], teacher.embedding.shape[1])
-            gradients = [
-                classifier_gradient(o.logits, to_width(o.embedding, width), labels)
-                for o in (student, teacher)
-                if o.embedding is not None
-            ]
-            found["semantic"] = semantic(*gradients).item()
-        return found
+        return _relation_term(student, teacher) | _semantic_term(student, teacher, labels)
+
+
+class DisWotSum(OutputProxy):
+    """The plain sum of both terms, as published; their magnitudes differ about a hundredfold."""
+
+    needs = ("images", "labels", "teacher", "embedding")
+
+    def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+        found = _semantic_term(student, teacher, labels)
+        return {"diswot-sum": sum((found | _relation_term(student, teacher)).values())} if found else {}
+
+
+class Relation(OutputProxy):
+    """Similarity of sample relations alone."""
+
+    needs = ("images", "teacher")
+
+    def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+        return _relation_term(student, teacher)
+
+
+class Semantic(OutputProxy):
+    """Similarity of class semantics alone."""
+
+    needs = ("images", "labels", "teacher", "embedding")
+
+    def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+        return _semantic_term(student, teacher, labels)
+
+
+def _relation_term(student: Outputs, teacher: Outputs) -> dict[str, float]:
+    if teacher.features is None or student.features is None:
+        return {"relation": relation(student.logits, teacher.logits).item()}
+    return {"relation": relation(student.features, teacher.features).item()}
+
+
+def _semantic_term(student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+    if teacher.embedding is None or student.embedding is None:
+        return {}
+    width = min(student.embedding.shape[1], teacher.embedding.shape[1])
+    gradients = [
+        classifier_gradient(logits, to_width(embedding, width), labels)
+        for logits, embedding in (
+            (student.logits, student.embedding),
+            (teacher.logits, teacher.embedding),
+        )
+    ]
+    return {"semantic": semantic(*gradients).item()}

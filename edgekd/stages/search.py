@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from edgekd.cost import CostModel, cost_model
 from edgekd.files import sha256_json, write_json
 from edgekd.nets import Outputs, count_parameters, layer_shapes, tapped_forward
-from edgekd.proxies import proxy
+from edgekd.probing import randomised, untouched
+from edgekd.proxies import Trial, check_teacher, proxy
 from edgekd.search import Candidate, Found, Genome, Limits, search
 from edgekd.stages.bench import Bench
 from edgekd.tasks.classification import normalise, to_tensor
@@ -94,6 +95,27 @@ def budget_limits(bench: Bench, model: CostModel) -> Limits:
     )
 
 
+def scoring_batch(bench: Bench) -> tuple[Tensor, Tensor]:
+    """Normalised training images, drawn by the recipe's seed, and their labels: what a score looks at."""
+    generator = torch.Generator().manual_seed(bench.recipe.seed)
+    index = torch.randperm(len(bench.data.train_labels), generator=generator)
+    index = index[: bench.recipe.search.batch_size]
+    inputs = normalise(to_tensor(bench.data.train_images[index.numpy()]), bench.spec.preprocessing)
+    if bench.recipe.data.labelled_fraction < 1:  # the teacher's answers, where labels may not be known
+        return inputs, bench.teacher.logits(inputs).argmax(1)
+    return inputs, torch.from_numpy(bench.data.train_labels)[index]
+
+
+def teacher_outputs(bench: Bench, inputs: Tensor) -> Outputs:
+    """The teacher's, as it is trained; or of N(0, 1) weights, as the published scripts draw them, in
+    training mode. A teacher without a network is always the trained one."""
+    model, seed = bench.teacher.model, bench.recipe.seed
+    if bench.recipe.search.teacher_state == "trained" or model is None:
+        return bench.teacher.outputs(inputs)
+    with untouched(randomised(model, seed), seed) as fresh, torch.no_grad():
+        return tapped_forward(fresh, inputs, len(bench.spec.classes))
+
+
 class _Evaluator:
     """Genome to candidate. Costs come first; only a student within the budget is built and scored."""
 
@@ -101,33 +123,13 @@ class _Evaluator:
         self._space, self._model, self._limits = bench.space, model, limits
         self._seed, self._classes = bench.recipe.seed, len(bench.spec.classes)
         self._proxy = proxy(bench.recipe.search.score)
-        generator = torch.Generator().manual_seed(bench.recipe.seed)
-        index = torch.randperm(len(bench.data.train_labels), generator=generator)
-        index = index[: bench.recipe.search.batch_size]
-        images = to_tensor(bench.data.train_images[index.numpy()])
-        self._inputs = normalise(images, bench.spec.preprocessing)
-        self._labels = torch.from_numpy(bench.data.train_labels)[index]
-        if bench.recipe.data.labelled_fraction < 1:  # the teacher's answers, where labels may not be known
-            self._labels = bench.teacher.logits(self._inputs).argmax(1)
-        self._teacher = self._teacher_outputs(bench)
+        self._inputs, self._labels = scoring_batch(bench)
+        self._teacher = teacher_outputs(bench, self._inputs)
+        check_teacher(bench.recipe.search.score, self._proxy.needs, self._teacher)
         self._path = bench.run.folder / "checkpoints" / "search.jsonl"
         self._known = _stored(self._path, bench)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
-
-    def _teacher_outputs(self, bench: Bench) -> Outputs:
-        teacher = bench.teacher
-        if bench.recipe.search.teacher_state == "random" and teacher.model is not None:
-            import copy
-
-            fresh = copy.deepcopy(teacher.model).train()
-            generator = torch.Generator().manual_seed(self._seed)
-            for module in fresh.modules():  # the published scripts draw all weights from N(0, 1)
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    nn.init.normal_(module.weight, generator=generator)
-            with torch.no_grad():
-                return tapped_forward(fresh, self._inputs, self._classes)
-        return teacher.outputs(self._inputs)
 
     def __call__(self, genome: Genome) -> Candidate:
         key = json.dumps(genome)
@@ -152,9 +154,8 @@ class _Evaluator:
         if candidate.excess(self._limits):
             return candidate
         student = self._space.build(genome, torch.Generator().manual_seed(self._seed)).train()
-        with torch.no_grad():
-            outputs = tapped_forward(student, self._inputs, self._classes)
-        terms = self._proxy.terms(outputs, self._teacher, self._labels)
+        trial = Trial(student, self._inputs, self._labels, self._teacher, self._classes, self._seed)
+        terms = self._proxy.measure(trial)
         if all(math.isfinite(value) for value in terms.values()):
             candidate.terms.update(terms)
         return candidate

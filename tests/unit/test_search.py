@@ -253,3 +253,14 @@ def test_evaluations_for_another_budget_or_device_are_not_used(
     key = _store(path, _bench(), _row(0, 0, 0, 0, 0))
     assert _stored(path, _bench(key, **change)) == {}
     assert not path.exists()
+
+
+def test_of_a_sum_each_score_counts_alike() -> None:
+    """Three terms of one score against one of another: the outcome is that of their mean."""
+
+    def several(genome: Genome) -> Candidate:
+        value = float(genome[0] - 3 * genome[1])
+        return candidate(genome, terms={"a.x": value, "a.y": value, "a.z": value, "b": -value})
+
+    found = run(several)
+    assert all(score == pytest.approx(0.5) for score in found.score)
