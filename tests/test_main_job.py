@@ -141,6 +141,21 @@ def test_a_runtime_of_this_machine_was_measured(finished: Finished, name: str) -
     assert row["size_mib"] > 0
 
 
+def test_every_model_is_compared_with_the_teacher(finished: Finished) -> None:
+    metrics = finished.record["metrics"]
+    student = metrics["student_float"]
+    for key in ("top1_agreement", "negative_flips", "expected_calibration_error"):
+        assert student["fidelity"][key] == student[key]
+    for row in (student, metrics["quantize"], *metrics["variants"]):
+        found = row["fidelity"]
+        if row["accuracy"] is None:
+            assert found is None
+            continue
+        lost = found["negative_flips"] - found["positive_flips"]
+        assert row["accuracy"] == pytest.approx(metrics["teacher"]["accuracy"] - lost)
+        assert found["kl_divergence"] >= 0
+
+
 def test_what_was_not_executed_has_no_latency_and_says_why(finished: Finished) -> None:
     row = finished.record["metrics"]["backends"]["tensorrt"]
     assert row["latency_p50_ms"] is row["latency_p90_ms"] is row["accuracy"] is None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from edgekd.report import facts, sections
 from edgekd.report.facts import Record, text
+from edgekd.report.fidelity import fidelity_section
 from edgekd.report.headlines import kinds_section, verdict_section
 from edgekd.report.markup import Markup, embedded_json, join, tag
 from edgekd.report.style import CSS, SCRIPT
@@ -16,6 +17,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], Markup]], ...] = (
     ("search", "Search", sections.search_section),
     ("training", "Training", sections.training_section),
     ("gate", "Gate", sections.gate_section),
+    ("fidelity", "Fidelity to the teacher", fidelity_section),
     ("parity", "Parity with the torch model", sections.parity_section),
     ("layers", "Layers", sections.layers_section),
     ("precision", "Quantization and the precision really executed", sections.precision_section),

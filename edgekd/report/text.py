@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgekd.report import facts
 from edgekd.report.facts import Figure, Record, number, rows, tables, text
+from edgekd.report.fidelity import markdown_rows
 from edgekd.report.markup import clean
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def markdown(record: Record) -> str:
             ]
             for row in found
         ]
+        lines += _markdown_table(heads, body)
+    heads, body = markdown_rows(record)
+    if body:
         lines += _markdown_table(heads, body)
     checks = [facts.check_cells(check) for check in rows(record, "gate", "checks")]
     if checks:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +14,10 @@ from torch import Tensor, fx, nn
 
 from edgekd.distillers import plain
 from edgekd.errors import UsageError
+from edgekd.files import sha256_json
+from edgekd.logit_store import LogitStore
 from edgekd.quantize.capture import capture
+from edgekd.ranks import ALONE, Ranks
 from edgekd.run import Run
 from edgekd.sources import Dataset, load_dataset
 from edgekd.sources.dataset import Request, stratified_split
@@ -23,7 +27,7 @@ from edgekd.stages.lesson import Classroom, prepare
 from edgekd.stages.ready import model_spec, ready_teacher
 from edgekd.stages.student import Blueprint, read_blueprint
 from edgekd.stages.training_set import TrainingSet, training_set
-from edgekd.tasks.classification import normalise, to_tensor
+from edgekd.tasks.classification import expected_calibration_error, fidelity, normalise, to_tensor
 from edgekd.teacher import LoadedTeacher, Teacher, load_teacher
 from edgekd.user_model import STUDENT, from_factory, load_weights
 from edgekd.views import Views
@@ -32,10 +36,10 @@ Array = NDArray[np.float32]
 
 
 class Bench:
-    """The things on the table while a run works."""
+    """The things on the table while a run works. `ranks`: the processes that train together."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, ranks: Ranks = ALONE) -> None:
+        self.run, self.ranks = run, ranks
         self.recipe = run.recipe
         torch.set_num_threads(max(1, run.recipe.threads))
 
@@ -197,3 +201,23 @@ class Bench:
         parts = [self.teacher.logits(part) for part in torch.split(self.validation_inputs, 256)]
         logits: Array = torch.cat(parts).numpy()
         return logits
+
+    def fidelity(self, logits: Array) -> dict[str, float | None]:
+        """How a model with these (N, classes) logits on the validation images agrees with the teacher;
+        `None` where a figure is not defined."""
+        labels = self.data.validation_labels
+        found = fidelity(self.teacher_logits, logits, labels)
+        found |= {"expected_calibration_error": expected_calibration_error(logits, labels)}
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+    def logit_store(self, teachers: Sequence[Teacher], views: Views) -> LogitStore:
+        """Where the logits of these teachers on these views are kept for a start after an interruption."""
+        who = [teacher.sha256 for teacher in teachers]
+        loaded = self.run.record["stages"]["teacher"]["inputs_sha256"]  # the teachers' code and files too
+        return LogitStore(
+            self.run.folder / "cache",
+            f"logits-{sha256_json(who)[:8]}-{views.augment}",
+            [who, loaded, views.digest()],
+            self.run.reporter.say,
+            writes=self.ranks.first,
+        )

@@ -82,6 +82,7 @@ def _finish(bench: Bench, student: torch.nn.Module, distilled: dict[str, Any]) -
             "size_mib": 4 * count_parameters(student) / 2**20,
             "top1_agreement": top1_agreement(logits, bench.teacher_logits),
             "expected_calibration_error": expected_calibration_error(logits, labels),
+            "fidelity": bench.fidelity(logits),
             "negative_flips": float(
                 np.mean((bench.teacher_logits.argmax(1) == labels) & (logits.argmax(1) != labels))
             ),

@@ -77,7 +77,7 @@ def _empty_row(bench: Bench, plan: Planned) -> dict[str, Any]:
     unknown = (
         "accuracy", "top1_agreement", "max_abs_diff", "int8_coverage_nodes", "int8_coverage_macs",
         "latency_p50_ms", "latency_p90_ms", "latency_kind", "latency_device", "cpu_p50_ms", "load_ms",
-        "first_call_ms", "version",
+        "first_call_ms", "version", "fidelity",
     )  # fmt: skip
     return {
         "id": plan.id,
@@ -95,8 +95,9 @@ def _logits(engine: Backend, bench: Bench, plan: Planned) -> Array:
     return np.concatenate([session.run(part) for part in np.array_split(inputs, max(1, len(inputs) // 256))])
 
 
-def _quality(bench: Bench, logits: Array, reference: Array) -> dict[str, float]:
+def _quality(bench: Bench, logits: Array, reference: Array) -> dict[str, Any]:
     return {
+        "fidelity": bench.fidelity(logits),
         "accuracy": accuracy(logits, bench.data.validation_labels),
         "top1_agreement": top1_agreement(logits, reference),
         "max_abs_diff": float(np.abs(logits - reference).max()),

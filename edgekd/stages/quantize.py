@@ -81,7 +81,8 @@ def run(bench: Bench) -> dict[str, Any]:
     chosen = max(candidates, key=lambda c: (c.right, -c.distance))
     reason = ", ".join(f"{c.name} {100 * c.right:.2f} %" for c in candidates)
     _save(path, parameters_of(chosen.graph, sites), sites, scheme)
-    right = accuracy(evaluate(chosen.graph, bench.validation_inputs).numpy(), bench.data.validation_labels)
+    logits = evaluate(chosen.graph, bench.validation_inputs).numpy()
+    right = accuracy(logits, bench.data.validation_labels)
     bench.run.reporter.say(
         f"  {chosen.name} kept ({reason} of {len(labels)} held-out images): {100 * right:.2f} %"
     )
@@ -94,6 +95,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "dialect": scheme.dialect,
             "calibrator": bench.recipe.quantize.calibrator,
             "accuracy": right,
+            "fidelity": bench.fidelity(logits),
             "ptq_selection_accuracy": by_name["ptq"],
             "qat_selection_accuracy": by_name.get("qat"),
             "history": history,
@@ -132,7 +134,9 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
             model=graph,
             views=views,
             labels=bench.labels,
-            teacher=CachedTeacher(bench.teacher.logits, views),
+            teacher=CachedTeacher(
+                bench.teacher.logits, views, store=bench.logit_store((bench.teacher,), views)
+            ),
             distillers=logit_methods(bench),
             hard_weight=distill.hard_weight,
             epochs=recipe.epochs,

@@ -54,6 +54,24 @@ def _layers(slow: float, fallbacks: tuple[int, ...], timed: bool = True) -> list
     return found
 
 
+def _fidelity(accuracy: float) -> dict[str, Any]:
+    """Of a student whose teacher is right on 92.83 % of the images."""
+    won = 0.021
+    return {
+        "top1_agreement": 0.951,
+        "kl_divergence": 0.0613,
+        "total_variation": 0.0702,
+        "cohen_kappa": 0.9456,
+        "error_consistency": 0.688,
+        "confidence_correlation": 0.871,
+        "negative_flips": round(0.9283 - accuracy + won, 4),
+        "positive_flips": won,
+        "negative_log_likelihood": 0.241,
+        "brier_score": 0.121,
+        "expected_calibration_error": 0.0124,
+    }
+
+
 def _variant(backend: str, precision: str, accuracy: float, p50: float | None, size: float) -> dict[str, Any]:
     int8 = precision == "int8"
     return {
@@ -75,6 +93,7 @@ def _variant(backend: str, precision: str, accuracy: float, p50: float | None, s
         "load_ms": 31.0,
         "first_call_ms": 1.2,
         "version": {"openvino": "2026.4.1", "onnxruntime": "1.31.1"}.get(backend, "1.7.1"),
+        "fidelity": _fidelity(accuracy),
         "reason": NO_GPU if p50 is None else "",
     }
 
@@ -247,6 +266,7 @@ def full_record() -> dict[str, Any]:
             "macs": 1_440_000,
             "size_mib": 0.171,
             "top1_agreement": 0.953,
+            "fidelity": _fidelity(0.9203),
             "genome": [1, 2, 0, 3],
             "architecture": ["stem 3x3 16", "ds 3x3 24 s2", "ds 5x5 32 ×2", "ds 3x3 64 s2", "head 10"],
         },
@@ -265,6 +285,7 @@ def full_record() -> dict[str, Any]:
             "dialect": "trt-s8sym",
             "calibrator": "mse",
             "accuracy": 0.919,
+            "fidelity": _fidelity(0.919),
             "ptq_selection_accuracy": 0.91,
             "qat_selection_accuracy": 0.92,
             "history": _history(4, 0.42, 0.921, 3e-4, 0.012),

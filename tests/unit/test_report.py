@@ -144,6 +144,32 @@ def test_hostile_names_are_escaped(write: Callable[[dict[str, Any]], str]) -> No
     text.encode("utf-8")
 
 
+def test_fidelity_has_a_row_for_every_model_that_was_measured() -> None:
+    record = sample_record.full_record()
+    page = re.search(r'<section id="fidelity">.*?</section>', html_report(record), re.DOTALL)
+    assert page is not None
+    names = re.findall(r'<th scope="row"[^>]*>(.*?)</th>', page.group())
+    measured = [row["id"] for row in record["metrics"]["variants"]]
+    assert names == ["student, float", "student, quantized (simulated)", *measured]
+    assert "0.0613" in page.group()  # the KL divergence
+    line = "| student, float | 95.10 % | 2.90 % / 2.10 % | 0.946 | 0.0613 | 1.24 % |"
+    assert line in markdown_report(record).splitlines()
+
+
+def test_fidelity_that_is_not_defined_is_a_dash_and_unmeasured_models_have_no_row() -> None:
+    record = sample_record.full_record()
+    record["metrics"]["student_float"]["fidelity"]["confidence_correlation"] = None
+    record["metrics"]["quantize"]["fidelity"] = None
+    for row in record["metrics"]["variants"]:
+        row["fidelity"] = None
+    page = re.search(r'<section id="fidelity">.*?</section>', html_report(record), re.DOTALL)
+    assert page is not None
+    assert len(re.findall(r'<th scope="row"', page.group())) == 1
+    assert "—" in page.group()
+    record["metrics"]["student_float"]["fidelity"] = None
+    assert 'id="fidelity"' not in html_report(record)
+
+
 def test_hostile_names_stay_inside_their_markdown_cell() -> None:
     lines = markdown_report(poison(sample_record.full_record())).splitlines()
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}
