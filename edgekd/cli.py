@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from edgekd import __version__, labelling, listings
+from edgekd import __version__, labelling, listings, scoring
 from edgekd.console import Console
 from edgekd.embed.command import embed
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
@@ -243,6 +243,7 @@ for _command in (
     listings.targets,
     listings.methods,
     listings.doctor,
+    scoring.proxies,
 ):
     cli.add_command(_command)
 

@@ -38,13 +38,13 @@ def run(bench: Bench) -> dict[str, Any]:
     """
     source = bench.recipe.search.student
     blueprint = given_blueprint(source)
-    student = _build(bench, blueprint)
+    student = build_student(bench, blueprint, source)
     check_shape(student, bench, source)
     if blueprint.factory:
         _rehearse(bench, student)
     model = cost_model(bench.run.target, executed_precision(bench))
     try:
-        candidate, reason = _cost(bench, blueprint, student, model)
+        candidate, reason = cost_of(bench, blueprint, student, model)
         limits = budget_limits(bench, model)
     finally:
         model.close()
@@ -87,7 +87,7 @@ def run(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _build(bench: Bench, blueprint: Blueprint) -> nn.Module:
+def build_student(bench: Bench, blueprint: Blueprint, source: str) -> nn.Module:
     """The network; a genome is checked against its space first.
 
     Raises:
@@ -102,7 +102,7 @@ def _build(bench: Bench, blueprint: Blueprint) -> nn.Module:
         if not fits:
             height, width, _ = bench.data.shape
             raise StudentError(
-                f"student {bench.recipe.search.student}: the genome {list(genome)} is none of the space "
+                f"student {source}: the genome {list(genome)} is none of the space "
                 f"'{blueprint.space}' for images of {height} x {width} pixels, whose genes have "
                 f"{list(choices)} options",
                 "use the image size it was found for (--image-size), or leave --student out to search one",
@@ -177,7 +177,9 @@ def _unsettle(model: nn.Module, seed: int) -> None:
                 value.add_(torch.rand(value.shape, generator=generator), alpha=0.01)
 
 
-def _cost(bench: Bench, blueprint: Blueprint, student: nn.Module, model: CostModel) -> tuple[Candidate, str]:
+def cost_of(
+    bench: Bench, blueprint: Blueprint, student: nn.Module, model: CostModel
+) -> tuple[Candidate, str]:
     """What it costs, and why its latency is not known where it is not.
 
     The cost model knows convolutions and linear layers. Where they are not nearly all of the network, its

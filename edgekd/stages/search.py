@@ -109,11 +109,14 @@ def scoring_batch(bench: Bench) -> tuple[Tensor, Tensor]:
 def teacher_outputs(bench: Bench, inputs: Tensor) -> Outputs:
     """The teacher's, as it is trained; or of N(0, 1) weights, as the published scripts draw them, in
     training mode. A teacher without a network is always the trained one."""
-    model, seed = bench.teacher.model, bench.recipe.seed
-    if bench.recipe.search.teacher_state == "trained" or model is None:
+    model, seed, classes = bench.loaded.model, bench.recipe.seed, len(bench.spec.classes)
+    if model is None:
         return bench.teacher.outputs(inputs)
-    with untouched(randomised(model, seed), seed) as fresh, torch.no_grad():
-        return tapped_forward(fresh, inputs, len(bench.spec.classes))
+    with torch.no_grad():
+        if bench.recipe.search.teacher_state == "trained":
+            return tapped_forward(model, inputs, classes)
+        with untouched(randomised(model, seed), seed) as fresh:
+            return tapped_forward(fresh, inputs, classes)
 
 
 class _Evaluator:
