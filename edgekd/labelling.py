@@ -96,7 +96,7 @@ def select(labelled: str, budget: int, strategy: str, out: Path, as_json: bool, 
     "--min-confidence", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Drop labels below."
 )
 @click.option("--curve", default="", help="Train a small student on so many labels each: 100,300,1000")
-@click.option("--curve-steps", default=300, show_default=True, type=click.IntRange(1), help="Steps of each.")
+@click.option("--curve-steps", default=600, show_default=True, type=click.IntRange(1), help="Steps of each.")
 @click.option(
     "--out", default="labels.npz", show_default=True, type=click.Path(path_type=Path), help=".npz or .csv"
 )

@@ -104,7 +104,7 @@ def _check_names(recipe: Recipe) -> None:
         UsageError: names the unknown one and the nearest known one.
     """
     parts = methods(recipe.distill.method, recipe.distill.options)
-    if has_unlabelled(recipe.data) and not recipe.distill.weights:
+    if has_unlabelled(recipe.data):
         taps = ("logits",) if recipe.teacher.source.endswith(".onnx") else TAPS
         refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=False)
     proxy(recipe.search.score)

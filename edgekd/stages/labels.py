@@ -38,7 +38,7 @@ class Assignment:
     gold: str = ""
     min_confidence: float = 0.0
     curve: tuple[int, ...] = ()
-    curve_steps: int = 300
+    curve_steps: int = 600
 
     def check(self) -> None:
         """Refuse what cannot be done before any image is read.
