@@ -20,6 +20,8 @@ from edgekd.recipe import DataRecipe
 from edgekd.sources import load_dataset
 from edgekd.stages import annotator
 
+pytestmark = pytest.mark.backends
+
 
 class Terminal:
     """The command line in this process."""
