@@ -12,19 +12,24 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import msgspec
 
+from edgekd.card import Compute, Quantity, Runtime, RuntimeName, Target
 from edgekd.errors import RecipeError, UsageError, unknown_name
 from edgekd.files import data_folder
 
-Confidence = Literal["primary", "measured", "policy", "unverified"]
-RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "onnxruntime-web"]
-DeviceClass = Literal["nvidia-jetson", "arm-cpu", "x86-cpu", "browser", "intel-npu"]
-Op = Literal["relu6", "hardswish", "silu", "gelu", "squeeze-excite", "depthwise", "concat"]
-Dialect = Literal["trt-s8sym", "x86-u8-relu0", "openvino-u8", "arm-s8", "none"]
-
+__all__ = [
+    "Compute",
+    "Quantity",
+    "Target",
+    "all_targets",
+    "find_target",
+    "is_this_machine",
+    "load_card",
+    "quantities",
+]
 
 # What each dialect fixes: dtype, symmetric, zero_point, relu_zero_point of the activations.
 _DIALECTS: dict[str, tuple[str, bool, int | None, int | None]] = {
@@ -33,154 +38,16 @@ _DIALECTS: dict[str, tuple[str, bool, int | None, int | None]] = {
     "openvino-u8": ("uint8", False, None, 0),
     "arm-s8": ("int8", False, None, -128),
 }
+# Which runtimes take each dialect; "none" ships float, which all of them take.
+_TAKEN_BY: dict[str, tuple[str, ...]] = {
+    "trt-s8sym": ("tensorrt",),
+    "x86-u8-relu0": ("onnxruntime", "openvino"),
+    "openvino-u8": ("openvino",),
+    "arm-s8": ("onnxruntime",),
+}
 _SPEED_KEY = re.compile(r"\w+_(gflops|tops|tops_sparse|gbs)")
 _HINT = "docs/targets.md lists every key"
-
-
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-class Quantity(_Strict, frozen=True):
-    """A number or a version with its provenance."""
-
-    value: float | str
-    source: str
-    confidence: Confidence
-    mode: str = ""
-    sparse: bool = False
-    shape: str = ""
-    derivation: str = ""
-
-
-class Detect(_Strict, frozen=True):
-    """What recognises the device; any match is enough, all CPU flags must be present."""
-
-    source: str = ""
-    confidence: Confidence = "unverified"
-    devicetree_model: str = ""
-    module_ids: tuple[str, ...] = ()
-    cpu_flags: tuple[str, ...] = ()
-    cuda_capability: Quantity | None = None
-
-
-class Memory(_Strict, frozen=True):
-    unified: bool
-    model_budget_mb: Quantity
-    capacity_mb: Quantity | None = None
-
-
-class Compute(_Strict, frozen=True):
-    """One processing unit; the first of a card is the preferred one."""
-
-    unit: Literal["cpu", "gpu", "npu", "dla", "wasm"]
-    runtime: RuntimeName
-    precisions: tuple[str, ...]
-    precisions_source: str
-    precisions_confidence: Confidence
-    threads: int = 1
-    isa: tuple[str, ...] = ()
-    isa_source: str = ""
-    isa_confidence: Confidence = "unverified"
-    unsupported: tuple[str, ...] = ()
-    facts: dict[str, Quantity] = {}
-    peak: dict[str, Quantity] = {}
-    achieved: dict[str, Quantity] = {}
-    bandwidth: dict[str, Quantity] = {}
-
-
-class TensorScheme(_Strict, frozen=True):
-    """How one kind of tensor is quantized."""
-
-    dtype: Literal["int8", "uint8"]
-    symmetric: bool
-    granularity: Literal["per-channel", "per-tensor"]
-    zero_point: int | None = None
-    relu_zero_point: int | None = None
-    reduce_range: bool = False
-
-
-class Quant(_Strict, frozen=True):
-    dialect: Dialect
-    weights: TensorScheme
-    activations: TensorScheme
-    source: str
-    confidence: Confidence
-
-
-class Space(_Strict, frozen=True):
-    """What the target asks of the student's architecture."""
-
-    channel_multiple: Quantity
-    kernels: tuple[int, ...] = (3, 5)
-    forbidden_ops: tuple[Op, ...] = ()
-    source: str = ""
-
-
-class Runtime(_Strict, frozen=True):
-    options: dict[str, Any] = {}
-    ep: tuple[tuple[str, dict[str, Any]], ...] = ()
-    device: str = ""
-    version_min: Quantity | None = None
-    platform_min: Quantity | None = None
-    build_on_device: bool = False
-    forbid_quant: tuple[str, ...] = ()
-    notes: str = ""
-
-
-class Emulation(_Strict, frozen=True):
-    arch: str
-    qemu_cpu: str
-    qemu_min: Quantity
-
-
-class Check(_Strict, frozen=True):
-    emulation: Emulation | None = None
-
-
-class Measure(_Strict, frozen=True):
-    clock: Literal["cpu", "wall", "device-events"]
-    transport: Literal["local", "ssh", "chromium"]
-    prepare: tuple[str, ...] = ()
-    sensors: tuple[str, ...] = ()
-    max_cv_percent: Quantity | None = None
-    reject_if: dict[str, bool | Quantity] = {}
-
-
-class Calibration(_Strict, frozen=True):
-    measured_on: str = ""
-    layer_lut: str = ""
-
-
-class Target(_Strict, frozen=True):
-    """A target card. `id` equals the file's stem; `aliases` are short names for ``--target``."""
-
-    schema: Literal[1]
-    id: str
-    device_class: DeviceClass = msgspec.field(name="class")
-    description: str
-    detect: Detect
-    memory: Memory
-    compute: tuple[Compute, ...]
-    quant: Quant
-    space: Space
-    runtime: dict[str, Runtime]
-    measure: Measure
-    aliases: tuple[str, ...] = ()
-    check: Check = Check()
-    size: dict[str, Quantity] = {}
-    calibration: Calibration = Calibration()
-
-    @property
-    def primary(self) -> Compute:
-        """The preferred processing unit."""
-        return self.compute[0]
-
-    @property
-    def compute_capability(self) -> str:
-        """CUDA compute capability such as "8.7", or an empty string."""
-        quantity = self.detect.cuda_capability
-        return "" if quantity is None else str(quantity.value)
+_DEVICE_TREE, _CPUINFO = Path("/proc/device-tree/model"), Path("/proc/cpuinfo")
 
 
 def load_card(path: Path) -> Target:
@@ -212,9 +79,25 @@ def _explain(message: str, raw: dict[str, Any]) -> str:
         table, _, rest = key.partition("[...]")
         key = f"{table}.{_entry_at_fault(raw, table)}{rest}"
     if match := re.search(r"(unknown|required) field `([^`]+)`", what):
+        expected = f"unknown key; expected one of: {', '.join(_known_keys(key))}"
         key = f"{key}.{match[2]}".lstrip(".")
-        what = "unknown key" if match[1] == "unknown" else "missing"
+        what = expected if match[1] == "unknown" else "missing"
     return f"key '{key}': {what}" if key else what
+
+
+def _known_keys(table: str) -> list[str]:
+    """The keys that a table of a card may hold; ``table`` is dotted, such as ``compute[0].facts.cores``."""
+    kind: Any = msgspec.inspect.type_info(Target)
+    for step in [name for name in re.sub(r"\[\d+\]", "", table).split(".") if name]:
+        if isinstance(kind, msgspec.inspect.StructType):
+            kind = next(field.type for field in kind.fields if field.encode_name == step)
+        elif isinstance(kind, msgspec.inspect.DictType):
+            kind = kind.value_type
+        if isinstance(kind, msgspec.inspect.UnionType):
+            kind = next(one for one in kind.types if isinstance(one, msgspec.inspect.StructType))
+        if isinstance(kind, msgspec.inspect.VarTupleType):
+            kind = kind.item_type
+    return sorted(field.encode_name for field in kind.fields)
 
 
 def _entry_at_fault(raw: Any, table: str) -> str:
@@ -248,7 +131,7 @@ def _problems(card: Target, stem: str) -> Iterator[tuple[str, str]]:
     if not card.space.kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in card.space.kernels):
         yield "space.kernels", f"expected odd sizes >= 1, got {list(card.space.kernels)}"
     yield from _compute_problems(card)
-    yield from _quant_problems(card.quant)
+    yield from _quant_problems(card)
 
 
 def _quantity_problems(key: str, quantity: Quantity) -> Iterator[tuple[str, str]]:
@@ -294,8 +177,15 @@ def _compute_problems(card: Target) -> Iterator[tuple[str, str]]:
             yield f"compute[{index}].unsupported", f"{', '.join(sorted(both))} also in 'precisions'"
 
 
-def _quant_problems(quant: Quant) -> Iterator[tuple[str, str]]:
-    weights, activations = quant.weights, quant.activations
+def _quant_problems(card: Target) -> Iterator[tuple[str, str]]:
+    quant, weights, activations = card.quant, card.quant.weights, card.quant.activations
+    for index, unit in enumerate(card.compute):
+        if unit.runtime not in (taken := _TAKEN_BY.get(quant.dialect, (unit.runtime,))):
+            yield (
+                "quant.dialect",
+                f"expected one that '{unit.runtime}' (compute[{index}]) takes, got '{quant.dialect}', "
+                f"which is for {' and '.join(taken)}",
+            )
     if weights.dtype != "int8" or not weights.symmetric:
         yield "quant.weights", "expected dtype 'int8' and symmetric = true: every runtime takes that form"
     if quant.dialect in _DIALECTS:
@@ -369,8 +259,8 @@ def find_target(name: str) -> Target:
 
 
 def is_this_machine(target: Target) -> bool:
-    """Whether the target is the machine this process runs on: its device-tree name, or all its CPU flags when
-    no shipped card that asks for more of them fits too."""
+    """Whether the target is the machine this process runs on: its device-tree name, or its CPU model and all
+    its CPU flags when no shipped card that asks for more of them fits too."""
     if not _fits(target):
         return False
     flags = len(target.detect.cpu_flags)
@@ -378,11 +268,11 @@ def is_this_machine(target: Target) -> bool:
 
 
 def _fits(target: Target) -> bool:
-    model, cpuinfo = Path("/proc/device-tree/model"), Path("/proc/cpuinfo")
     if target.detect.devicetree_model:
-        return model.is_file() and target.detect.devicetree_model in model.read_text(encoding="utf-8")
-    if not target.detect.cpu_flags or not cpuinfo.is_file():
+        return _DEVICE_TREE.is_file() and target.detect.devicetree_model in _DEVICE_TREE.read_text("utf-8")
+    if not target.detect.cpu_flags or not _CPUINFO.is_file():
         return False
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    here = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return set(target.detect.cpu_flags) <= set(here)
+    lines = [line.partition(":") for line in _CPUINFO.read_text("utf-8").splitlines()]
+    here = next((value.split() for name, _, value in lines if name.startswith("flags")), [])
+    model_name = next((value for name, _, value in lines if name.startswith("model name")), "")
+    return target.detect.cpu_model in model_name and set(target.detect.cpu_flags) <= set(here)

@@ -42,7 +42,8 @@ def planned_variants(target: Target, quantized: bool, bfloat16: bool) -> tuple[P
     if quantized:
         scheme = scheme_for(target)
         # 8-bit weights times 8-bit activations saturate in 16-bit sums on x86 without VNNI.
-        safe = () if scheme.weight_max < 127 else ("avx512_vnni",)
+        vnni = "avx_vnni" if "avx_vnni" in target.detect.cpu_flags else "avx512_vnni"
+        safe = () if scheme.weight_max < 127 else (vnni,)
         if target.device_class == "nvidia-jetson":
             plans.append(
                 Planned(

@@ -9,13 +9,26 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edgekd import card as card_module
 from edgekd import target as target_module
 from edgekd.errors import RecipeError, UsageError
-from edgekd.target import Quantity, Target, all_targets, find_target, load_card, quantities
+from edgekd.target import (
+    Quantity,
+    Target,
+    all_targets,
+    find_target,
+    is_this_machine,
+    load_card,
+    quantities,
+)
 
 CARDS = Path(__file__).parents[2] / "targets"
 DOCS = Path(__file__).parents[2] / "docs" / "targets.md"
 IDS = sorted(path.stem for path in CARDS.glob("*.toml"))
+ALIASES = (  # each has been published: none may vanish
+    "jetson", "orin-nano", "orin-nx", "agx-orin", "thor", "xavier-nx", "rpi4", "rpi5", "android", "x86",
+    "spr", "vnni", "avx2", "n100", "core-ultra", "igpu", "npu", "web",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +36,12 @@ def cards() -> dict[str, Target]:
     return all_targets()
 
 
-def test_the_seven_cards_load(cards: dict[str, Target]) -> None:
+def test_all_cards_load_and_none_has_vanished(cards: dict[str, Target]) -> None:
     assert list(cards) == IDS
     assert set(IDS) >= {
-        "jetson-orin-nano-8gb", "jetson-agx-orin", "rpi5-8gb", "x86-amx-server", "x86-avx2", "intel-npu",
-        "web-wasm",
+        "jetson-orin-nano-8gb", "jetson-orin-nx-16gb", "jetson-agx-orin", "jetson-thor",
+        "jetson-xavier-nx-8gb", "rpi4-4gb", "rpi5-8gb", "android-arm64", "x86-amx-server", "x86-vnni",
+        "x86-avx2", "intel-n100", "intel-core-ultra-cpu", "intel-core-ultra-igpu", "intel-npu", "web-wasm",
     }  # fmt: skip
 
 
@@ -76,9 +90,7 @@ def test_compute_capability_is_text(cards: dict[str, Target]) -> None:
     assert cards["rpi5-8gb"].compute_capability == ""
 
 
-@pytest.mark.parametrize(
-    "alias", ["jetson", "orin-nano", "rpi5", "x86", "spr", "web", "npu", "avx2", "agx-orin"]
-)
+@pytest.mark.parametrize("alias", ALIASES)
 def test_alias_finds_its_card(alias: str) -> None:
     assert alias in find_target(alias).aliases
 
@@ -126,6 +138,27 @@ BAD_CARDS = {
     "unknown top key": ("rpi5-8gb", "schema = 1", "schema = 1\ncolour = 3", "colour", "unknown key"),
     "unknown nested key": ("rpi5-8gb", "[memory]", "[memory]\nspeed = 3", "memory.speed", "unknown key"),
     "unknown quantity key": ("rpi5-8gb", CORES, CORES.replace("source", "sauce"), "sauce", "unknown key"),
+    "unknown key says which are known": (
+        "rpi5-8gb",
+        "[memory]",
+        "[memory]\nspeed = 3",
+        "memory.speed",
+        "expected one of: capacity_mb, model_budget_mb, unified",
+    ),
+    "unknown key of a quantity": (
+        "rpi5-8gb",
+        CORES,
+        CORES.replace("source", "sauce"),
+        "compute[0].facts.cores.sauce",
+        "expected one of: confidence, derivation, mode, shape, source, sparse, value",
+    ),
+    "unknown key of a runtime": (
+        "web-wasm",
+        "[runtime.onnxruntime-web]",
+        "[runtime.onnxruntime-web]\ndevices = 1",
+        "runtime.onnxruntime-web.devices",
+        "expected one of: build_on_device, device, ep,",
+    ),
     "missing key": ("rpi5-8gb", 'class = "arm-cpu"\n', "", "class", "missing"),
     "missing source": (
         "rpi5-8gb",
@@ -248,6 +281,62 @@ def test_a_bad_card_is_refused_with_file_and_key(case: str, tmp_path: Path) -> N
     assert caught.value.exit_code == 10
 
 
+@pytest.mark.parametrize(
+    ("source", "runtime", "dialect", "taken"),
+    [
+        ("rpi5-8gb", "openvino", "arm-s8", "onnxruntime"),
+        (NANO, "onnxruntime", "trt-s8sym", "tensorrt"),
+        ("x86-amx-server", "tensorrt", "x86-u8-relu0", "onnxruntime and openvino"),
+    ],
+)
+def test_a_dialect_of_another_runtime_is_refused(
+    tmp_path: Path, source: str, runtime: str, dialect: str, taken: str
+) -> None:
+    old = find_target(source).primary.runtime
+    edits = ((f'runtime = "{old}"', f'runtime = "{runtime}"'), (f"[runtime.{old}]", f"[runtime.{runtime}]"))
+    path = _own_card(tmp_path, *edits, source=source)
+    with pytest.raises(RecipeError) as caught:
+        load_card(path)
+    expected = f"expected one that '{runtime}' (compute[0]) takes, got '{dialect}', which is for {taken}"
+    assert caught.value.message == f"target card {path}: key 'quant.dialect': {expected}"
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "expected"),
+    [
+        ("Intel(R) N100", "avx2 fma avx_vnni", ["intel-n100"]),
+        ("Intel(R) Core(TM) Ultra 7 155H", "fpu avx2 fma avx_vnni", ["intel-core-ultra-cpu"]),
+        ("Intel(R) Core(TM) i5-13500", "avx2 fma avx_vnni", ["x86-avx2"]),
+        ("Intel(R) Xeon(R) Gold 6348", "avx2 fma avx512f avx512_vnni", ["x86-vnni"]),
+        ("Intel(R) Xeon(R)", "avx2 fma avx_vnni avx512_vnni amx_int8", ["x86-amx-server"]),
+        ("AMD FX-8350", "avx fma", []),
+    ],
+)
+def test_this_machine_is_the_card_that_says_most_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, flags: str, expected: list[str]
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: {model}\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(target_module, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(target_module, "_DEVICE_TREE", tmp_path / "absent")
+    assert [name for name, card in all_targets().items() if is_this_machine(card)] == expected
+
+
+def test_eight_bit_weights_ask_for_the_vnni_that_the_card_names(cards: dict[str, Target]) -> None:
+    from edgekd.stages.variants import planned_variants
+
+    wanted = {"intel-n100": ("avx_vnni",), "x86-vnni": ("avx512_vnni",), "x86-avx2": ()}
+    for name, flags in wanted.items():
+        plans = planned_variants(cards[name], True, False)
+        assert next(plan for plan in plans if plan.id == "onnxruntime-int8").requires_cpu_flags == flags
+
+
+def test_a_board_is_known_by_its_device_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").write_text("Raspberry Pi 4 Model B Rev 1.4\0")
+    monkeypatch.setattr(target_module, "_CPUINFO", tmp_path / "absent")
+    monkeypatch.setattr(target_module, "_DEVICE_TREE", tmp_path / "model")
+    assert [name for name, card in all_targets().items() if is_this_machine(card)] == ["rpi4-4gb"]
+
+
 def test_a_card_without_compute_is_refused(tmp_path: Path) -> None:
     text = (CARDS / "web-wasm.toml").read_text()
     begin, end = text.index("[[compute]]"), text.index("[space]")
@@ -285,7 +374,7 @@ def test_the_documentation_names_every_card_and_key(cards: dict[str, Target]) ->
     for card in cards.values():
         for name in (card.id, *card.aliases, card.quant.dialect):
             assert f"`{name}`" in text
-    structs = [value for value in vars(target_module).values() if isinstance(value, type)]
+    structs = [value for value in vars(card_module).values() if isinstance(value, type)]
     for struct in structs:
         if issubclass(struct, msgspec.Struct):
             for field in msgspec.structs.fields(struct):
