@@ -103,6 +103,8 @@ def _run(last: str, **given: Any) -> None:
                         "(--teacher and --data use your own)")  # fmt: skip
         console.say(f"target {recipe.target}, run folder {folder}")
         record = run_pipeline(recipe, folder, console, last)
+    if not record:  # one of several processes: the first reports
+        return
     from edgekd.report import print_summary
 
     print_summary(record, console.console, folder / "report.html")

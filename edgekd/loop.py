@@ -97,6 +97,7 @@ class Loop:
         )
         self._allocate()
         self.history = self._restore()
+        self._graphed = stage.plan.graphed and self.ranks.count == 1  # messages stay out of graphs
         self._seen = 0
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -182,15 +183,13 @@ class Loop:
     def step(self) -> None:
         """One optimiser step: eager, or the replay of a captured graph."""
         with self._on_stream():
-            if not self.stage.plan.graphed or self._seen < _EAGER_STEPS:
+            if not self._graphed or self._seen < _EAGER_STEPS:
                 self._work()
             else:
                 if self._graph is None:
                     self._graph = torch.cuda.CUDAGraph()
                     self._graph.register_generator_state(self.context.generator)
-                    # The threads of NCCL ask the device while others capture; only this one must not.
-                    mode = "thread_local" if self.ranks.count > 1 else "global"
-                    with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode=mode):
+                    with torch.cuda.graph(self._graph, stream=self._stream):
                         self._work()
                 self._graph.replay()
         self._seen += 1

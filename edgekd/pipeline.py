@@ -11,6 +11,7 @@ from edgekd.errors import UsageError, unknown_name
 from edgekd.layout import TAPS
 from edgekd.proxies import proxy
 from edgekd.quantize.calibrators import calibrator
+from edgekd.ranks import Ranks, join
 from edgekd.recipe import Recipe, load_recipe
 from edgekd.report import write_reports
 from edgekd.run import STAGES, Reporter, Run, Silent, fingerprint, machine
@@ -51,13 +52,17 @@ def default_folder(recipe: Recipe) -> Path:
 def run_pipeline(
     recipe: Recipe, folder: Path, reporter: Reporter | None = None, last: str = STAGES[-1]
 ) -> dict[str, Any]:
-    """Run all stages up to `last`, skipping those that are up to date; returns the record."""
+    """Run all stages up to `last`, skipping those that are up to date; returns the record. Of processes that
+    ``torchrun`` started, the first does so; the others train along with it and return an empty record."""
     if last not in STAGES:
         raise UsageError(*unknown_name("stage", last, STAGES))
     _check_names(recipe)
     own = check_given(recipe)
+    ranks = join(cuda=recipe.device != "cpu")
+    if not ranks.first:
+        return _come_along(recipe, folder, ranks)
     run = Run(folder, recipe, find_target(recipe.target), reporter or Silent())
-    bench = Bench(run)
+    bench = Bench(run, ranks)
     outside = {
         "teacher": [recipe.teacher, fingerprint(recipe.teacher.source), fingerprint(recipe.teacher.weights)],
         "data": [recipe.data, fingerprint(recipe.data.source), fingerprint(recipe.data.unlabeled)],
@@ -78,7 +83,7 @@ def run_pipeline(
         "distill": (
             {"distill": recipe.distill, "weights": own["weights"]},
             ("3-distilled.safetensors",),
-            distill.run,
+            _distill_together,
         ),
         "quantize": ({"quantize": recipe.quantize}, (quantize.FILE,), quantize.run),
         "export": ({}, (export.FOLDER,), export.run),
@@ -86,7 +91,7 @@ def run_pipeline(
         "gate": ({"gate": recipe.gate, "budget": recipe.budget, "machine": machine()}, (), gate.run),
         "bundle": ({}, ("6-bundle",), bundle.run),
     }
-    with run.locked():
+    with ranks.dismissed(), run.locked():
         for name, (inputs, artefacts, work) in steps.items():
             run.stage(name, inputs, artefacts, lambda work=work: work(bench))  # type: ignore[misc]
             if name == last:
@@ -94,6 +99,22 @@ def run_pipeline(
         run.save()
         write_reports(run.record, folder)
     return run.record
+
+
+def _distill_together(bench: Bench) -> dict[str, Any]:
+    """Stage 3 on all processes; afterwards the first is alone."""
+    bench.ranks.call()
+    found = distill.run(bench)
+    bench.ranks.leave()
+    return found
+
+
+def _come_along(recipe: Recipe, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """What all processes but the first do: wait for the training, take part in it, leave."""
+    if ranks.called():
+        run = Run(folder, recipe, find_target(recipe.target), Silent())
+        _distill_together(Bench(run, ranks))
+    return {}
 
 
 def _check_names(recipe: Recipe) -> None:

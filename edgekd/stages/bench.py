@@ -180,7 +180,9 @@ class Bench:
         """What a student's lesson is planned from."""
         mixes = self.recipe.data.augment == "crop-mix"
         recipe, labels = self.recipe.distill, self.labels
-        return Classroom(recipe, self.teacher, self.spec, labels, self.recipe.seed, mixes)
+        return Classroom(
+            recipe, self.teacher, self.spec, labels, self.recipe.seed, mixes, self.logit_store, self.ranks
+        )
 
     def student(self) -> nn.Module:
         """The chosen student with its distilled weights, and with what its method keeps at inference."""

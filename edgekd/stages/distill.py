@@ -54,6 +54,7 @@ def run(bench: Bench) -> dict[str, Any]:
             optimizer=recipe.optimizer,
             milestones=recipe.milestones,
             hard_weight=recipe.hard_weight,
+            ranks=bench.ranks,
         ),
         bench.run.reporter.step,
     )
@@ -66,6 +67,8 @@ def _finish(bench: Bench, student: torch.nn.Module, distilled: dict[str, Any]) -
     """Write the weights and measure the float student; `distilled` is how it came by them."""
     from safetensors.torch import save_file
 
+    if not bench.ranks.first:
+        return {}
     # Copies, because the file format refuses tensors that share memory.
     state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in student.state_dict().items()}
     write_atomic(bench.run.folder / "3-distilled.safetensors", lambda path: save_file(state, path))
@@ -102,9 +105,13 @@ def _key(bench: Bench) -> str:
 
 def choose_plan(bench: Bench, student: torch.nn.Module) -> tuple[Plan, dict[str, float]]:
     """The plan of an interrupted training, so that it continues exactly; else the fastest one measured."""
+    ranks = bench.ranks
+    if not ranks.first:
+        return ranks.of_first((Plan(), {}))
     stored = load_checkpoint(bench.run.folder / "checkpoints" / f"distill-{_key(bench)}.pt")
     if stored is not None:
-        return Plan(**stored["plan"]), {}
-    inputs = bench.views.batch(torch.arange(min(bench.recipe.distill.batch_size, len(bench.views))))
-    plan, rates = probe(student, inputs, bench.recipe.threads, device=bench.device)
-    return replace(plan, compiled=bench.recipe.distill.compile), rates
+        return ranks.of_first((Plan(**stored["plan"]), {}))
+    own = max(2, bench.recipe.distill.batch_size // ranks.count)
+    inputs = bench.views.batch(torch.arange(min(own, len(bench.views))))
+    plan, rates = probe(student, inputs, ranks.threads(bench.recipe.threads), device=bench.device)
+    return ranks.of_first((replace(plan, compiled=bench.recipe.distill.compile), rates))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from edgekd.distillers import Distiller, Setting, method_class, methods, refuse_unmet
 from edgekd.errors import UsageError
+from edgekd.logit_store import LogitStore
 from edgekd.nets import Outputs
 from edgekd.plan import Plan
+from edgekd.ranks import ALONE, Ranks
 from edgekd.recipe import DistillRecipe
 from edgekd.spec import ModelSpec
 from edgekd.taps import Tapped, find_layout
@@ -43,6 +45,8 @@ class Classroom:
     labels: Tensor
     seed: int
     mixes: bool
+    keep: Callable[[Sequence[Teacher], Views], LogitStore] | None = None  # None: logits stay in memory
+    ranks: Ranks = ALONE
 
     @property
     def example(self) -> Tensor:
@@ -115,9 +119,10 @@ def teacher_for(
     network = room.taught_by
     if network is not None and (online or (plan.device != "cpu" and not views.count)):
         return network
+    store = None if room.keep is None else room.keep((room.teacher,), views)
     if plan.device != "cpu" and room.teacher.model is not None:
-        return CachedTeacher(_on_device(room.teacher.model, plan), views)
-    return CachedTeacher(room.teacher.logits, views)
+        return CachedTeacher(_on_device(room.teacher.model, plan), views, store=store, ranks=room.ranks)
+    return CachedTeacher(room.teacher.logits, views, store=store, ranks=room.ranks)
 
 
 def _on_device(model: nn.Module, plan: Plan) -> Callable[[Tensor], Tensor]:
