@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgekd.distillers import methods, refuse_unmet
+from edgekd.distillers import refuse_unmet
 from edgekd.errors import UsageError, unknown_name
 from edgekd.layout import TAPS
 from edgekd.proxies import proxy
@@ -18,6 +18,8 @@ from edgekd.run import STAGES, Reporter, Run, Silent, fingerprint, machine
 from edgekd.spaces import space_names
 from edgekd.stages import bundle, distill, export, gate, given, profile, quantize, search, teacher
 from edgekd.stages.bench import Bench
+from edgekd.stages.curriculum import check_curriculum
+from edgekd.stages.others import source_and_weights
 from edgekd.stages.student import check_given
 from edgekd.stages.training_set import has_unlabelled
 from edgekd.target import find_target
@@ -64,7 +66,7 @@ def run_pipeline(
     run = Run(folder, recipe, find_target(recipe.target), reporter or Silent())
     bench = Bench(run, ranks)
     outside = {
-        "teacher": [recipe.teacher, fingerprint(recipe.teacher.source), fingerprint(recipe.teacher.weights)],
+        "teacher": [recipe.teacher, *map(fingerprint, _teacher_files(recipe))],
         "data": [recipe.data, fingerprint(recipe.data.source), fingerprint(recipe.data.unlabeled)],
     }
     steps: dict[str, tuple[dict[str, object], tuple[str, ...], Callable[[Bench], dict[str, Any]]]] = {
@@ -117,6 +119,12 @@ def _come_along(recipe: Recipe, folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {}
 
 
+def _teacher_files(recipe: Recipe) -> list[str]:
+    """What the teachers are made of."""
+    others = [part for text in recipe.teacher.others for part in source_and_weights(text)]
+    return [recipe.teacher.source, recipe.teacher.weights, *others]
+
+
 def _check_names(recipe: Recipe) -> None:
     """Refuse an unknown method, score, space or calibrator before any work, not when its stage comes; and a
     method that needs labels which some images will not have.
@@ -124,10 +132,11 @@ def _check_names(recipe: Recipe) -> None:
     Raises:
         UsageError: names the unknown one and the nearest known one.
     """
-    parts = methods(recipe.distill.method, recipe.distill.options)
+    trainings = check_curriculum(recipe)
     if has_unlabelled(recipe.data):
         taps = ("logits",) if recipe.teacher.source.endswith(".onnx") else TAPS
-        refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=False)
+        for parts in trainings:
+            refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=False)
     proxy(recipe.search.score)
     calibrator(recipe.quantize.calibrator)
     if recipe.search.space not in space_names():

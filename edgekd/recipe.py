@@ -15,6 +15,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 _Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+_Augment = Literal["crop-mix", "crop-flip", "crop", "none"]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -23,12 +24,14 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class TeacherRecipe(_Strict, frozen=True):
     """`source`: ``demo``, ``package.module:factory``, ``timm:NAME``, ``torchvision:NAME``,
-    ``transformers:PATH`` or a ``.onnx`` file. Empty `mean`, `std`: what the teacher states, else 0 and 1."""
+    ``transformers:PATH`` or a ``.onnx`` file. Empty `mean`, `std`: what the teacher states, else 0 and 1.
+    `others`: further teachers, ``source`` or ``source@weights``."""
 
     source: str = "demo"
     weights: str = ""
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 class DataRecipe(_Strict, frozen=True):
@@ -43,7 +46,7 @@ class DataRecipe(_Strict, frozen=True):
     validation_fraction: _Share = 0.2
     selection_fraction: _Share = 0.04
     image_size: Annotated[int, msgspec.Meta(ge=0)] = 0
-    augment: Literal["crop-mix", "crop-flip", "crop", "none"] = "crop-mix"
+    augment: _Augment = "crop-mix"
     crop_margin: Annotated[int, msgspec.Meta(ge=0)] = 0  # pixels; 0: 1/28 of the image's size
     skip_bad: bool = False
 
@@ -72,11 +75,23 @@ class SearchRecipe(_Strict, frozen=True):
     batch_size: Annotated[int, msgspec.Meta(ge=8)] = 64
 
 
+class PhaseRecipe(_Strict, frozen=True):
+    """One of several trainings of the same student; null is what `distill` and `data.augment` say."""
+
+    method: str | None = None
+    options: dict[str, dict[str, Any]] | None = None
+    epochs: _Count | None = None
+    learning_rate: _Positive | None = None
+    augment: _Augment | None = None
+
+
 class DistillRecipe(_Strict, frozen=True):
     """`method`: names of `edgekd.distillers`, joined by ``+``, with `options` by name. `weights`: the given
     student's, which is then not trained. `views`: augmented views of each image, 0 for new ones every epoch.
     `milestones`: shares of the run where the rate falls to a tenth, instead of a cosine. `hard_weight`: of
-    the cross-entropy with labels; null is the method's own. Taps: module paths instead of those found."""
+    the cross-entropy with labels; null is the method's own. Taps: module paths instead of those found.
+    `phases`: trainings one after the other; empty is one. `prepare`: fine-tune the teacher first.
+    `assistants`: networks between teacher and student. `suggest_...`: what method ``suggest`` tries."""
 
     weights: str = ""
     method: str = "dist"
@@ -93,6 +108,15 @@ class DistillRecipe(_Strict, frozen=True):
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     compile: bool = False
+    phases: tuple[PhaseRecipe, ...] = ()
+    prepare: Literal["", "mcmi"] = ""
+    prepare_epochs: _Count = 20
+    prepare_learning_rate: _Positive = 5e-3
+    prepare_weight: _NonNegative = 0.15
+    assistants: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    suggest_from: tuple[str, ...] = ()
+    suggest_epochs: _Count = 2
+    suggest_seeds: _Count = 3
 
 
 class QuantizeRecipe(_Strict, frozen=True):
@@ -209,7 +233,8 @@ def _toml_value(value: object) -> str:
     if isinstance(value, str):
         return msgspec.json.encode(value).decode()
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        known = {key: item for key, item in value.items() if item is not None}
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in known.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

@@ -10,12 +10,15 @@ from edgekd.report.fidelity import fidelity_section
 from edgekd.report.headlines import kinds_section, verdict_section
 from edgekd.report.markup import Markup, embedded_json, join, tag
 from edgekd.report.style import CSS, SCRIPT
+from edgekd.report.teaching import methods_section, teaching_section
 
 _SECTIONS: tuple[tuple[str, str, Callable[[Record], Markup]], ...] = (
     ("accuracy", "Accuracy, step by step", sections.ladder_section),
     ("runtimes", "Runtimes", sections.runtimes_section),
     ("search", "Search", sections.search_section),
     ("training", "Training", sections.training_section),
+    ("teaching", "Teachers and phases", teaching_section),
+    ("methods", "Methods tried", methods_section),
     ("gate", "Gate", sections.gate_section),
     ("fidelity", "Fidelity to the teacher", fidelity_section),
     ("parity", "Parity with the torch model", sections.parity_section),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,7 +24,9 @@ from edgekd.sources import Dataset, load_dataset
 from edgekd.sources.dataset import Request, stratified_split
 from edgekd.spaces import Genome, SearchSpace, search_space
 from edgekd.spec import ModelSpec
+from edgekd.stages.curriculum import DEFAULT, SUGGEST, Phase, phases_of
 from edgekd.stages.lesson import Classroom, prepare
+from edgekd.stages.others import load_other, source_and_weights
 from edgekd.stages.ready import model_spec, ready_teacher
 from edgekd.stages.student import Blueprint, read_blueprint
 from edgekd.stages.training_set import TrainingSet, training_set
@@ -71,9 +74,19 @@ class Bench:
     @cached_property
     def teacher(self) -> Teacher:
         """The teacher, with its ONNX form beside it where it has one, in the fastest faithful runtime."""
+        return self.ready(self.loaded, self.recipe.teacher.source)
+
+    @cached_property
+    def others(self) -> tuple[Teacher, ...]:
+        """The further teachers."""
+        named = self.recipe.teacher.others
+        return tuple(self.ready(load_other(text, self.spec), source_and_weights(text)[0]) for text in named)
+
+    def ready(self, loaded: LoadedTeacher, name: str) -> Teacher:
+        """A network that teaches, in the fastest runtime that agrees with it."""
         return ready_teacher(
-            self.loaded,
-            self.recipe.teacher.source,
+            loaded,
+            name,
             self.spec,
             folder=self.run.folder / "checkpoints",
             inputs=self.validation_inputs[:256],
@@ -128,12 +141,12 @@ class Bench:
     def views(self) -> Views:
         return self.views_on("cpu")
 
-    def views_on(self, device: str) -> Views:
-        """The views of the training images, in the memory of a device."""
+    def views_on(self, device: str, augment: str | None = None, count: int | None = None) -> Views:
+        """The views of the training images, in the memory of a device; None is what the recipe says."""
         images = to_tensor(self.training.images)
-        data, views = self.recipe.data, self.recipe.distill.views
-        margin = data.crop_margin or None
-        return Views(images, self.spec.preprocessing, data.augment, views, self.recipe.seed, device, margin)
+        data, stored = self.recipe.data, self.recipe.distill.views if count is None else count
+        kind, margin = augment or data.augment, data.crop_margin or None
+        return Views(images, self.spec.preprocessing, kind, stored, self.recipe.seed, device, margin)
 
     @cached_property
     def device(self) -> str:
@@ -166,29 +179,51 @@ class Bench:
         """The student that the search chose; empty for one that a factory makes."""
         return self.blueprint.genome
 
-    def untrained(self, blueprint: Blueprint) -> nn.Module:
-        """The network of a blueprint with fresh weights, the same ones for the same seed."""
+    def untrained(self, blueprint: Blueprint, seed: int | None = None) -> nn.Module:
+        """The network of a blueprint with fresh weights, the same for the same seed; None is the recipe's."""
+        seed = self.recipe.seed if seed is None else seed
         if not blueprint.factory:
-            generator = torch.Generator().manual_seed(self.recipe.seed)
+            generator = torch.Generator().manual_seed(seed)
             return self.space_of(blueprint).build(blueprint.genome, generator)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed)  # a factory draws from the global generator
+            torch.manual_seed(seed)  # a factory draws from the global generator
             return copy.deepcopy(from_factory(blueprint.factory, STUDENT))  # it may name a module
 
     @property
-    def classroom(self) -> Classroom:
-        """What a student's lesson is planned from."""
-        mixes = self.recipe.data.augment == "crop-mix"
-        recipe, labels = self.recipe.distill, self.labels
+    def trainings(self) -> tuple[Phase, ...]:
+        """The trainings of the student; with the method that was found, where the recipe asks for one."""
+        distill = self.recipe.distill
+        if distill.method == SUGGEST:
+            found = self.run.record["metrics"].get("distill", {})
+            method, options = found.get("method") or DEFAULT, found.get("options") or {}
+            distill = msgspec.structs.replace(distill, method=method, options=options)
+        return phases_of(distill, self.recipe.data.augment)
+
+    def room(self, phase: Phase, teacher: Teacher) -> Classroom:
+        """What the lesson of one training is planned from."""
         return Classroom(
-            recipe, self.teacher, self.spec, labels, self.recipe.seed, mixes, self.logit_store, self.ranks
+            phase.recipe,
+            teacher,
+            self.spec,
+            self.labels,
+            self.recipe.seed,
+            phase.mixes,
+            self.others,
+            self.logit_store,
+            self.ranks,
         )
 
+    @property
+    def classroom(self) -> Classroom:
+        """That of the student's last training."""
+        return self.room(self.trainings[-1], self.teacher)
+
     def student(self) -> nn.Module:
-        """The chosen student with its distilled weights, and with what its method keeps at inference."""
+        """The chosen student with its distilled weights, and with what its methods keep at inference."""
         model = self.untrained(self.blueprint)
-        if not self.recipe.distill.weights and not all(map(plain, self.recipe.distill.method.split("+"))):
-            model = prepare(self.classroom, model).deploy()
+        for phase in () if self.recipe.distill.weights else self.trainings:
+            if not all(map(plain, phase.recipe.method.split("+"))):
+                model = prepare(self.room(phase, self.teacher), model).deploy()
         load_weights(model, self.run.folder / "3-distilled.safetensors", STUDENT)
         return model.eval()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ import torch
 
 from edgekd.files import read_json, sha256_file, sha256_json, write_atomic
 from edgekd.nets import count_macs, count_parameters
-from edgekd.plan import Plan, probe
+from edgekd.stages.assistants import choose_assistants, teach_assistants
 from edgekd.stages.bench import Bench
-from edgekd.stages.lesson import prepare, teacher_for
+from edgekd.stages.curriculum import SUGGEST
+from edgekd.stages.lesson import prepare
+from edgekd.stages.preparation import check_preparable, prepared_teacher
+from edgekd.stages.suggest import suggest
+from edgekd.stages.training import train
 from edgekd.tasks.classification import accuracy, expected_calibration_error, top1_agreement
-from edgekd.train import Stage, evaluate, fit, load_checkpoint
+from edgekd.train import evaluate
 from edgekd.user_model import STUDENT, load_weights
 
 
@@ -30,37 +34,29 @@ def run(bench: Bench) -> dict[str, Any]:
         bench.run.reporter.say(f"  weights given, not trained: {path}")
         given = {"source": recipe.weights, "sha256": sha256_file(path)}
         return _finish(bench, student, {"method": None, "weights": given, "probe": None, "history": []})
-    lesson = prepare(bench.classroom, student)
-    plan, rates = choose_plan(bench, student)
-    bench.run.reporter.say(f"  training in {plan}: " + ", ".join(f"{k} {v:.0f}/s" for k, v in rates.items()))
-    views = bench.views_on(plan.device)
-    history = fit(
-        Stage(
-            name="distill",
-            model=lesson.model,
-            views=views,
-            labels=bench.labels,
-            teacher=teacher_for(bench.classroom, lesson, views, plan),
-            distillers=lesson.distillers,
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            ema_decay=recipe.ema_decay,
-            seed=bench.recipe.seed,
-            plan=plan,
-            checkpoint=bench.run.folder / "checkpoints" / f"distill-{_key(bench)}.pt",
-            selection=bench.selection,
-            optimizer=recipe.optimizer,
-            milestones=recipe.milestones,
-            hard_weight=recipe.hard_weight,
-            ranks=bench.ranks,
-        ),
-        bench.run.reporter.step,
-    )
-    student = lesson.deploy()
-    probed = {"chosen": str(plan), "images_per_second": rates}
-    return _finish(bench, student, {"method": recipe.method, "probe": probed, "history": history})
+    key = _key(bench)
+    _rehearse(bench, copy.deepcopy(student))
+    teacher, preparation = prepared_teacher(bench, key) if recipe.prepare else (bench.teacher, None)
+    phases, suggestion = bench.trainings, None
+    if recipe.method == SUGGEST:
+        chosen, suggestion = suggest(bench, teacher, key)
+        phases = (chosen,)
+    assistants: list[dict[str, Any]] = []
+    if recipe.assistants:
+        macs = count_macs(student, bench.spec.input_shape)
+        teacher, assistants = teach_assistants(bench, phases, teacher, macs, key)
+    trained = train(bench, student, phases, teacher, "distill", key)
+    distilled = {
+        "method": " then ".join(phase.recipe.method for phase in phases),
+        "options": phases[-1].recipe.options,
+        "probe": {"chosen": str(trained.plan), "images_per_second": trained.rates},
+        "history": trained.history,
+        "phases": [phase.facts() for phase in phases],
+        "preparation": preparation,
+        "assistants": assistants,
+        "suggestion": suggestion,
+    }
+    return _finish(bench, trained.network, distilled)
 
 
 def _finish(bench: Bench, student: torch.nn.Module, distilled: dict[str, Any]) -> dict[str, Any]:
@@ -103,15 +99,17 @@ def _key(bench: Bench) -> str:
     return sha256_json([recipe["distill"], recipe["seed"], before])[:12]
 
 
-def choose_plan(bench: Bench, student: torch.nn.Module) -> tuple[Plan, dict[str, float]]:
-    """The plan of an interrupted training, so that it continues exactly; else the fastest one measured."""
-    ranks = bench.ranks
-    if not ranks.first:
-        return ranks.of_first((Plan(), {}))
-    stored = load_checkpoint(bench.run.folder / "checkpoints" / f"distill-{_key(bench)}.pt")
-    if stored is not None:
-        return ranks.of_first((Plan(**stored["plan"]), {}))
-    own = max(2, bench.recipe.distill.batch_size // ranks.count)
-    inputs = bench.views.batch(torch.arange(min(own, len(bench.views))))
-    plan, rates = probe(student, inputs, ranks.threads(bench.recipe.threads), device=bench.device)
-    return ranks.of_first((replace(plan, compiled=bench.recipe.distill.compile), rates))
+def _rehearse(bench: Bench, student: torch.nn.Module) -> None:
+    """Refuse what does not fit before anything is trained.
+
+    Raises:
+        UsageError: a method of a phase needs what this teacher, student or data do not give; the teacher
+            cannot be fine-tuned; or there are no assistants between it and the student.
+    """
+    recipe = bench.recipe.distill
+    if recipe.prepare:
+        check_preparable(bench)
+    if recipe.assistants:
+        choose_assistants(bench, count_macs(student, bench.spec.input_shape))
+    for phase in () if recipe.method == SUGGEST else bench.trainings:
+        student = prepare(bench.room(phase, bench.teacher), student).deploy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,8 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Classroom:
-    """What a lesson is planned from. `labels` int64 of the training images, -1 where there is none."""
+    """What a lesson is planned from. `labels` int64 of the training images, -1 where there is none. The
+    logits of `others`, further teachers, stand in `Outputs.exits` of the teacher's outputs."""
 
     recipe: DistillRecipe
     teacher: Teacher
@@ -45,6 +46,7 @@ class Classroom:
     labels: Tensor
     seed: int
     mixes: bool
+    others: tuple[Teacher, ...] = ()
     keep: Callable[[Sequence[Teacher], Views], LogitStore] | None = None  # None: logits stay in memory
     ranks: Ranks = ALONE
 
@@ -90,6 +92,7 @@ def prepare(room: Classroom, student: nn.Module) -> Lesson:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(room.seed)
         taught = Outputs(torch.zeros(2, classes)) if teacher is None else _glance(teacher, room.example)
+        taught = replace(taught, exits=tuple(other.logits(room.example) for other in room.others))
         for part in parts:
             model = part.wrap(model, _glance(model, room.example), teacher)
         seen = _glance(model, room.example)
@@ -118,11 +121,39 @@ def teacher_for(
     online = any(part.needs.torch_teacher for part in lesson.distillers)
     network = room.taught_by
     if network is not None and (online or (plan.device != "cpu" and not views.count)):
-        return network
-    store = None if room.keep is None else room.keep((room.teacher,), views)
-    if plan.device != "cpu" and room.teacher.model is not None:
-        return CachedTeacher(_on_device(room.teacher.model, plan), views, store=store, ranks=room.ranks)
-    return CachedTeacher(room.teacher.logits, views, store=store, ranks=room.ranks)
+        blind = [other.name for other in room.others if other.model is None]
+        if not blind:
+            others = [copy.deepcopy(other.model) for other in room.others if other.model is not None]
+            return _Several(network, others) if others else network
+        if online:
+            raise UsageError(
+                f"method '{room.recipe.method}' runs all teachers in every step, and of '{blind[0]}' there "
+                "are logits only",
+                "choose a method on logits: edgekd methods list",
+            )
+    teachers = (room.teacher, *room.others)
+    first, *rest = (_answers(teacher, plan) for teacher in teachers)
+    store = None if room.keep is None else room.keep(teachers, views)
+    return CachedTeacher(first, views, others=rest, store=store, ranks=room.ranks)
+
+
+def _answers(teacher: Teacher, plan: Plan) -> Callable[[Tensor], Tensor]:
+    """Logits of a teacher: on the plan's device, unless that is the CPU or the teacher a black box."""
+    if plan.device == "cpu" or teacher.model is None:
+        return teacher.logits
+    return _on_device(teacher.model, plan)
+
+
+class _Several(nn.Module):
+    """A tapped teacher; the logits of further networks are its exits."""
+
+    def __init__(self, first: Tapped, others: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.others = first, nn.ModuleList(others)
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        outputs: Outputs = self.first(inputs)
+        return replace(outputs, exits=tuple(other(inputs) for other in self.others))
 
 
 def _on_device(model: nn.Module, plan: Plan) -> Callable[[Tensor], Tensor]:

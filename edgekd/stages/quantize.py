@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from edgekd.distillers import Distiller, method_class, methods, plain
+from edgekd.distillers import Distiller, Setting, method_class, methods, plain
 from edgekd.errors import StorageError
 from edgekd.files import sha256_json, write_atomic, write_bytes
+from edgekd.nets import Outputs
 from edgekd.plan import Plan, probe
 from edgekd.quantize.fakequant import (
     Origin,
@@ -135,7 +136,10 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
             views=views,
             labels=bench.labels,
             teacher=CachedTeacher(
-                bench.teacher.logits, views, store=bench.logit_store((bench.teacher,), views)
+                bench.teacher.logits,
+                views,
+                others=[other.logits for other in bench.others],
+                store=bench.logit_store((bench.teacher, *bench.others), views),
             ),
             distillers=logit_methods(bench),
             hard_weight=distill.hard_weight,
@@ -155,15 +159,22 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
 
 
 def logit_methods(bench: Bench) -> tuple[Distiller, ...]:
-    """The recipe's methods that need nothing but logits, which a fake-quantized graph gives; else DIST."""
-    distill = bench.recipe.distill
+    """The methods of the student's last training that need nothing but logits, which a fake-quantized graph
+    gives; else DIST."""
+    distill = bench.trainings[-1].recipe
     kept = [
         name
         for name in distill.method.split("+")
         if method_class(name).needs.teacher == ("logits",) and plain(name)
     ] or ["dist"]
     options = {name: value for name, value in distill.options.items() if name in kept}
-    return methods("+".join(kept), options)
+    made, classes = methods("+".join(kept), options), len(bench.spec.classes)
+    blank = Outputs(torch.zeros(2, classes))
+    inputs = torch.zeros(2, *bench.spec.input_shape)
+    taught = replace(blank, exits=tuple(other.logits(inputs) for other in bench.others))
+    for method in made:
+        method.build(blank, taught, Setting(len(bench.labels), classes, bench.labels, bench.recipe.seed))
+    return made
 
 
 def _save(path: Path, parameters: QuantizedParameters, sites: Sites, scheme: QuantScheme) -> None:

@@ -9,6 +9,7 @@ import torch
 from edgekd.files import write_json
 from edgekd.sources import summary
 from edgekd.stages.bench import Bench
+from edgekd.stages.others import check_others
 from edgekd.teacher import check_teacher
 
 
@@ -34,6 +35,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "sha256": teacher.sha256,
             "runtime": teacher.runtime,
             "logits_max_abs_diff": teacher.logits_max_abs_diff,
+            "others": _others(bench),
         },
     }
     write_json(bench.run.folder / "1-teacher.json", metrics)
@@ -44,6 +46,18 @@ def run(bench: Bench) -> dict[str, Any]:
         f"images; its logits come from {teacher.runtime}"
     )
     return metrics
+
+
+def _others(bench: Bench) -> list[dict[str, Any]]:
+    """The further teachers, checked."""
+    if not bench.others:
+        return []
+    slices = [phase.recipe.options.get("slices", {}) for phase in bench.trainings]
+    subsets: list[list[int]] = next((own.get("subsets", []) for own in slices if own.get("specialists")), [])
+    rows = check_others(bench.others, bench.validation_inputs, bench.data.validation_labels, subsets)
+    for row in rows:
+        bench.run.reporter.say(f"  further teacher {row['name']}: {100 * row['accuracy']:.2f} %")
+    return rows
 
 
 def _unlabelled(facts: dict[str, Any]) -> str:
