@@ -285,12 +285,12 @@ def test_the_same_command_finds_everything_up_to_date(finished: Finished, tiny: 
 # killed at one call of one function.
 PINNED = """
 import os, signal, sys
-import edgekd.loop, edgekd.stages.distill, edgekd.stages.search
+import edgekd.loop, edgekd.stages.search, edgekd.stages.training
 from edgekd import cli
 from edgekd.plan import Plan
 
 where, call = sys.argv.pop(1).split(":")
-edgekd.stages.distill.probe = lambda *a, **k: (Plan(1, False, False), {"pinned": 1.0})
+edgekd.stages.training.probe = lambda *a, **k: (Plan(1, False, False), {"pinned": 1.0})
 owner, name = {
     "search": (edgekd.stages.search._Evaluator, "_evaluate"),
     "distill": (edgekd.loop.Loop, "_update_average"),
