@@ -97,7 +97,9 @@ class Loop:
         )
         self._allocate()
         self.history = self._restore()
-        self._graphed = stage.plan.graphed and self.ranks.count == 1  # messages stay out of graphs
+        capturable = all(distiller.capturable for distiller in stage.distillers)
+        # Messages between processes stay out of graphs.
+        self._graphed = stage.plan.graphed and capturable and self.ranks.count == 1
         self._seen = 0
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
