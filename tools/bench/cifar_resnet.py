@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 # name: blocks a stage, widths of stem and stages
 ARCHITECTURES: dict[str, tuple[int, tuple[int, int, int, int]]] = {
+    "resnet8": (1, (16, 16, 32, 64)),
+    "resnet8x0.5": (1, (8, 8, 16, 32)),
     "resnet8x4": (1, (32, 64, 128, 256)),
     "resnet20": (3, (16, 16, 32, 64)),
     "resnet32x4": (5, (32, 64, 128, 256)),
