@@ -213,11 +213,6 @@ class Bench:
             self.ranks,
         )
 
-    @property
-    def classroom(self) -> Classroom:
-        """That of the student's last training."""
-        return self.room(self.trainings[-1], self.teacher)
-
     def student(self) -> nn.Module:
         """The chosen student with its distilled weights, and with what its methods keep at inference."""
         model = self.untrained(self.blueprint)

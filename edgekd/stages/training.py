@@ -43,7 +43,13 @@ class Course:
         return prepare(self._bench.room(phase, self._teacher), network)
 
     def stage(
-        self, phase: Phase, lesson: Lesson, *, name: str, checkpoint: Path, seed: int | None = None
+        self,
+        phase: Phase,
+        lesson: Lesson,
+        *,
+        name: str,
+        checkpoint: Path | None,
+        seed: int | None = None,
     ) -> Stage:
         """One training as the loop takes it; `seed` None is the recipe's."""
         bench, recipe = self._bench, phase.recipe
@@ -115,9 +121,6 @@ def choose_plan(
     bench: Bench, network: nn.Module, checkpoint: Path, batch_size: int
 ) -> tuple[Plan, dict[str, float]]:
     """The plan of an interrupted training, so that it continues exactly; else the fastest one measured."""
-    ranks = bench.ranks
-    if not ranks.first:
-        return ranks.of_first((Plan(), {}))
     ranks = bench.ranks
     if not ranks.first:
         return ranks.of_first((Plan(), {}))

@@ -4,7 +4,8 @@
 
 The run's folder must hold a finished search. Random students are drawn uniformly from the same space, kept
 when they meet the run's budget and are within 10 % of the chosen student's predicted latency. Prints a line
-per student and a JSON summary with the median of the random ones. On a CUDA device all train side by side.
+per training as it ends, then one per student and a JSON summary with the median of the random ones. On a CUDA
+device all train side by side.
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
 from edgekd.cost import cost_model
-from edgekd.plan import Plan, probe
+from edgekd.plan import probe
 from edgekd.recipe import load_recipe
 from edgekd.run import Run, Silent
 from edgekd.search import Candidate, Limits
 from edgekd.stages.bench import Bench
-from edgekd.stages.lesson import Lesson, prepare, teacher_for
 from edgekd.stages.search import executed_precision
+from edgekd.stages.training import Course
 from edgekd.target import find_target
 from edgekd.tasks.classification import accuracy
-from edgekd.train import Stage, evaluate, fit_together
+from edgekd.train import evaluate, fit_together
 
 Genome = tuple[int, ...]
 
@@ -62,45 +67,32 @@ def random_students(bench: Bench, count: int, seed: int) -> list[Genome]:
     return found
 
 
-def lesson_of(bench: Bench, genome: Genome, epochs: int, seed: int, plan: Plan) -> tuple[Stage, Lesson]:
-    """One training by the run's own distillation recipe, with `epochs` epochs."""
-    recipe = bench.recipe.distill
-    student = bench.space.build(genome, torch.Generator().manual_seed(seed))
-    views = bench.views_on(bench.device)
-    lesson = prepare(bench.classroom, student)
-    stage = Stage(
-        name="distill",
-        model=lesson.model,
-        views=views,
-        labels=bench.labels,
-        teacher=teacher_for(bench.classroom, lesson, views, plan),
-        distillers=lesson.distillers,
-        epochs=epochs,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        ema_decay=recipe.ema_decay,
-        seed=seed,
-        plan=plan,
-    )
-    return stage, lesson
-
-
-def distilled_accuracies(bench: Bench, jobs: list[tuple[Genome, int]], epochs: int) -> list[float]:
-    """Validation accuracy of each (genome, seed): side by side on a CUDA device, one by one elsewhere."""
+def distilled_accuracies(
+    bench: Bench, jobs: list[tuple[Genome, int]], epochs: int
+) -> Iterator[tuple[Genome, float]]:
+    """Validation accuracy of each (genome, seed) by the run's own recipe with `epochs` epochs: side by side
+    on a CUDA device, one by one elsewhere. All learn from the same stored logits."""
+    phase = bench.trainings[0]
+    phase = replace(phase, recipe=msgspec.structs.replace(phase.recipe, epochs=epochs))
+    trial = bench.space.build(jobs[0][0], torch.Generator().manual_seed(0))
+    inputs = bench.views.batch(torch.arange(phase.recipe.batch_size))
+    plan, _ = probe(trial, inputs, bench.recipe.threads, device=bench.device)
+    course = Course(bench, bench.teacher, plan)
     together = len(jobs) if bench.device != "cpu" else 1
-    found: list[float] = []
     for start in range(0, len(jobs), together):
         part = jobs[start : start + together]
-        trial = bench.space.build(part[0][0], torch.Generator().manual_seed(0))
-        inputs = bench.views.batch(torch.arange(bench.recipe.distill.batch_size))
-        plan, _ = probe(trial, inputs, bench.recipe.threads, device=bench.device)
-        lessons = [lesson_of(bench, genome, epochs, seed, plan) for genome, seed in part]
-        fit_together([stage for stage, _ in lessons], lambda what, done, total: None)
-        for _, lesson in lessons:
+        students = [bench.space.build(genome, torch.Generator().manual_seed(seed)) for genome, seed in part]
+        lessons = [course.lesson(phase, student) for student in students]
+        stages = [
+            course.stage(phase, lesson, name="distill", checkpoint=None, seed=seed)
+            for lesson, (_, seed) in zip(lessons, part, strict=True)
+        ]
+        fit_together(stages, lambda what, done, total: None)
+        for lesson, (genome, seed) in zip(lessons, part, strict=True):
             logits = evaluate(lesson.deploy(), bench.validation_inputs).numpy()
-            found.append(accuracy(logits, bench.data.validation_labels))
-    return found
+            right = accuracy(logits, bench.data.validation_labels)
+            print(f"{genome} seed {seed}: {100 * right:.2f} %", file=sys.stderr, flush=True)
+            yield genome, right
 
 
 def main() -> None:
@@ -118,11 +110,12 @@ def main() -> None:
     students = (chosen, *rivals)
     begin = time.perf_counter()
     jobs = [(genome, seed) for genome in students for seed in arguments.seeds]
-    accuracies = distilled_accuracies(bench, jobs, arguments.epochs)
+    found: dict[Genome, list[float]] = {}
+    for genome, right in distilled_accuracies(bench, jobs, arguments.epochs):
+        found.setdefault(genome, []).append(right)
     rows = []
-    for number, genome in enumerate(students):
+    for genome, runs in found.items():
         layers = bench.space.layers(genome)
-        runs = accuracies[number * len(arguments.seeds) : (number + 1) * len(arguments.seeds)]
         row = {
             "genome": genome,
             "searched": genome == chosen,
