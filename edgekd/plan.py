@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -87,30 +87,48 @@ def within_memory(batch_size: int) -> Iterator[None]:
 
 
 class Pace:
-    """Goes on with one thread where several turn out slower than one was in the probe: two threads wait for
-    each other whenever something else takes a core, and a training then takes ten times as long."""
+    """Goes on with one thread while several are slower: two threads wait for each other whenever something
+    else takes a core, and a step may then take ten times as long. Several are tried again later, the later
+    the more often they failed."""
 
-    _STEPS = 10
+    _STEPS = 5  # of a measurement
+    _PATIENCE = (40, 1280)  # steps with one thread before several are tried again: first, and at most
 
-    def __init__(self, plan: Plan) -> None:
-        self._slowest = 0.8 * plan.one_thread_rate if plan.threads > 1 else 0.0
-        self._times: list[float] = [time.perf_counter()]
-        self._images: list[int] = []
+    def __init__(self, plan: Plan, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._several, self.threads = plan.threads, plan.threads
+        # The probe knows nothing of the optimiser and the loss.
+        self._one_rate = 0.8 * plan.one_thread_rate if plan.threads > 1 else 0.0
+        self._patience, self._waited = self._PATIENCE[0], 0
+        self._clock, self._last = clock, clock()
+        self._rates: list[float] = []
 
     def count(self, images: int) -> None:
         """Called after each step."""
-        if not self._slowest:
+        if not self._one_rate:
             return
-        self._times.append(time.perf_counter())
-        self._images.append(images)
-        if len(self._images) < self._STEPS:
+        now = self._clock()
+        self._rates.append(images / max(now - self._last, 1e-9))
+        self._last = now
+        self._waited += 1
+        if len(self._rates) < self._STEPS:
             return
-        rate = float(np.median(np.asarray(self._images) / np.diff(self._times)))
-        self._times, self._images = [self._times[-1]], []
-        if rate < self._slowest:
+        rate = float(np.median(self._rates))
+        self._rates.clear()
+        if self.threads == 1:
+            self._one_rate = rate
+            if self._waited >= self._patience:
+                self._set(self._several)
+        elif rate < self._one_rate:
             log.info("%.0f images a second: something else uses the machine, going on with one thread", rate)
-            torch.set_num_threads(1)
-            self._slowest = 0.0
+            self._set(1)
+        elif self._waited >= self._PATIENCE[0]:  # several do well again
+            self._patience = self._PATIENCE[0]
+
+    def _set(self, threads: int) -> None:
+        if threads > 1:
+            self._patience = min(2 * self._patience, self._PATIENCE[1])
+        self.threads, self._waited = threads, 0
+        torch.set_num_threads(threads)
 
 
 def probe(

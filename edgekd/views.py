@@ -14,16 +14,16 @@ from edgekd.nets import Outputs
 from edgekd.ranks import ALONE, Ranks
 from edgekd.spec import Preprocessing
 
-AUGMENTATIONS = ("crop-mix", "crop-flip", "crop", "none")
+AUGMENTATIONS = ("crop-mix", "crop-flip-mix", "crop-flip", "crop", "none")
 
 
 class Views:
     """Views of a training set, each a function of (seed, view, sample): the same view always shows the same
     pixels, so what a teacher says about it can be stored and stays exact.
 
-    ``crop`` shifts each image; ``crop-flip`` mirrors half of them too; ``crop-mix`` shifts, and in every
-    second view blends each image with another one (mixup, Zhang et al. 2018, arXiv:1710.09412, eq. 1, used
-    as in Beyer et al. 2022, arXiv:2106.05237: the teacher labels the blend). A blend has no label of its own.
+    ``crop`` shifts each image; ``crop-flip`` mirrors half of them too; ``-mix`` blends, in every second view,
+    each image with another one (mixup, Zhang et al. 2018, arXiv:1710.09412, eq. 1, used as in Beyer et al.
+    2022, arXiv:2106.05237: the teacher labels the blend). A blend has no label of its own.
 
     The images live on one device; `select` writes the coordinates of a view into fixed tensors, so a
     captured CUDA graph that reads them shows the view selected last.
@@ -42,8 +42,8 @@ class Views:
         """`images`: uint8 (N, C, H, W). `count`: number of different views; 0 is a new one every epoch.
         `margin`: largest shift in pixels; None is 1/28 of the size."""
         self.count = 1 if augment == "none" else count
-        self.augment, self.mixes = augment, augment == "crop-mix"
-        self._flips, self._seed = augment == "crop-flip", seed
+        self.augment, self.mixes = augment, augment.endswith("-mix")
+        self._flips, self._seed = "flip" in augment, seed
         self._size = (images.shape[2], images.shape[3])
         if margin is None:
             margin = max(1, round(max(self._size) / 28))

@@ -33,7 +33,7 @@ class Phase:
     @property
     def mixes(self) -> bool:
         """Whether its images are blends of two."""
-        return self.augment == "crop-mix"
+        return self.augment.endswith("-mix")
 
     def facts(self) -> dict[str, Any]:
         """What the record says of it."""

@@ -85,7 +85,7 @@ def prepare(room: Classroom, student: nn.Module) -> Lesson:
     if room.mixes and not all(part.needs.mixable for part in parts):
         names = ", ".join(type(part).__name__ for part in parts if not part.needs.mixable)
         raise UsageError(
-            f"data.augment 'crop-mix' blends images, and {names} cannot learn from a blend",
+            f"data.augment blends images ('-mix'), and {names} cannot learn from a blend",
             "--set data.augment=crop",
         )
     model: nn.Module = Tapped(student, layout, sorted({tap for part in parts for tap in part.needs.student}))

@@ -97,7 +97,7 @@ def prepared_teacher(bench: Bench, key: str) -> tuple[Teacher, dict[str, Any]]:
     network = copy.deepcopy(check_preparable(bench)).requires_grad_()
     checkpoint = bench.run.folder / "checkpoints" / f"prepare-{key}.pt"
     plan, _ = choose_plan(bench, network, checkpoint, _BATCH)
-    augment = "crop" if bench.recipe.data.augment == "crop-mix" else bench.recipe.data.augment
+    augment = bench.recipe.data.augment.removesuffix("-mix")
     views = bench.views_on(plan.device, augment)
     before = _information(network, views, bench.labels, plan)
     with torch.random.fork_rng(devices=[]):

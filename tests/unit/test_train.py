@@ -19,7 +19,7 @@ from edgekd.errors import DeviceMemoryError, StorageError, TrainingDivergedError
 from edgekd.logit_store import LogitStore
 from edgekd.loop import Loop
 from edgekd.optimizer import make_optimizer, rate_share
-from edgekd.plan import Plan, probe
+from edgekd.plan import Pace, Plan, probe
 from edgekd.spec import Preprocessing
 from edgekd.tasks.classification import normalise
 from edgekd.train import Stage, evaluate, fit, load_checkpoint
@@ -297,6 +297,47 @@ def test_a_plan_restores_the_number_of_threads() -> None:
     with Plan(threads=2).active():
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == before
+
+
+def paced(pace: Pace, clock: list[float], steps: int, rates: Callable[[int], float]) -> list[int]:
+    """Threads after each of `steps` steps of 100 images at `rates(threads)` images a second."""
+    used = []
+    for _ in range(steps):
+        clock[0] += 100 / rates(pace.threads)
+        pace.count(100)
+        used.append(pace.threads)
+    return used
+
+
+def test_a_disturbance_costs_the_second_thread_only_for_a_while() -> None:
+    clock = [0.0]
+    with Plan(threads=2).active():
+        pace = Pace(Plan(threads=2, one_thread_rate=1000.0), lambda: clock[0])
+        quiet = {1: 900.0, 2: 1400.0}
+        assert set(paced(pace, clock, 50, quiet.__getitem__)) == {2}
+        assert set(paced(pace, clock, 10, {1: 600.0, 2: 100.0}.__getitem__)[4:]) == {1}
+        assert torch.get_num_threads() == 1
+        after = paced(pace, clock, 100, quiet.__getitem__)
+        assert (after[0], after[-1], torch.get_num_threads()) == (1, 2, 2)
+        assert after == sorted(after)
+
+
+def test_where_threads_stall_one_goes_on_and_several_are_tried_ever_more_rarely() -> None:
+    clock = [0.0]
+    with Plan(threads=2).active():
+        pace = Pace(Plan(threads=2, one_thread_rate=1000.0), lambda: clock[0])
+        used = paced(pace, clock, 4000, {1: 700.0, 2: 70.0}.__getitem__)
+    tries = [step for step in range(1, 4000) if (used[step - 1], used[step]) == (1, 2)]
+    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    assert 4 <= len(tries) <= 8
+    assert all(b >= 1.7 * a for a, b in zip(gaps[:-2], gaps[1:-1], strict=False))
+
+
+def test_one_thread_is_never_timed() -> None:
+    clock = [0.0]
+    with Plan(threads=1).active():
+        assert set(paced(Pace(Plan(threads=1), lambda: clock[0]), clock, 20, lambda _: 1.0)) == {1}
+
 
 
 def test_the_probe_measures_every_plan_and_takes_the_fastest() -> None:

@@ -8,19 +8,19 @@ DATA holds cifar100_train_{a25k,b25k}_q95.npz, cifar100_test.npz and load_shared
 cifar100_NAME_fp16.safetensors. Recipe: SGD 0.05, momentum 0.9, weight decay 5e-4 (weights only), batch 64,
 240 epochs, a tenth of the rate at 150, 180 and 210, crops of 4 px and flips, new every epoch; accuracy of
 the last epoch on the test images. `--hold-out 5000` trains without that many training images and reports
-accuracy on them instead, for choosing. `--speed` times one step eager, as a CUDA graph, and compiled in a
-graph, in one run.
+accuracy on them instead, for choosing. `--jobs FILE` runs what the file says, one JSON object a line with
+any of the fields of `Job`: pairs, schedules and augmentations side by side. `--speed` times one step eager,
+as a CUDA graph, and compiled in a graph, in one run.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,44 +89,64 @@ class Cifar100:
         return cls(images[kept], labels[kept], images[held], labels[held])
 
 
+@dataclass(frozen=True)
+class Job:
+    """One training. `method` "ce": from labels alone; `schedule`: "step", as published, or "cosine"."""
+
+    pair: str = "resnet56:resnet20"
+    method: str = "kd"
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    schedule: str = "step"
+    augment: str = "crop-flip"
+    ema_decay: float = 0.0
+
+
 @dataclass
 class Bench:
-    """One teacher, one data set, and how to run."""
+    """The data, where the teachers are, and how to run."""
 
     data: Cifar100
-    teacher: nn.Module | None
-    student: str
+    models: Path
     epochs: int
     plan: Plan
     batch_size: int = 64
 
-    def stage(self, method: str, seed: int, options: dict[str, Any]) -> Stage:
-        """A training from a fresh student; "ce" learns from labels alone."""
+    def teacher(self, name: str) -> nn.Module:
+        """A published network; fresh for every training, because runs side by side keep their taps apart."""
+        network = CifarResNet(name)
+        weights = load_file(self.models / f"cifar100_{name}_fp16.safetensors")
+        network.load_state_dict({key: value.float() for key, value in weights.items()})
+        return network.eval()
+
+    def stage(self, job: Job) -> Stage:
+        """A training from a fresh student."""
+        teacher_name, _, student_name = job.pair.partition(":")
+        method, seed = job.method, job.seed
         torch.manual_seed(seed)
-        student = CifarResNet(self.student)
-        chosen = {name: OPTIONS.get(name, {}) | options.get(name, {}) for name in method.split("+")}
+        student = CifarResNet(student_name)
+        chosen = {name: OPTIONS.get(name, {}) | job.options.get(name, {}) for name in method.split("+")}
         parts = () if method == "ce" else methods(method, {k: v for k, v in chosen.items() if v})
         example = torch.zeros(2, 3, 32, 32)
         tapped = Tapped(
             student, find_layout(student, example, 100), sorted({t for p in parts for t in p.needs.student})
         )
-        teacher: Tapped | None = None
-        if parts and self.teacher is not None:
+        network, teacher = self.teacher(teacher_name), None
+        if parts:
             wanted = sorted({t for p in parts for t in p.needs.teacher})
-            network = copy.deepcopy(self.teacher)  # runs side by side keep their taps apart
-            teacher = Tapped(network, find_layout(self.teacher, example, 100), wanted)
+            teacher = Tapped(network, find_layout(network, example, 100), wanted)
         model: nn.Module = tapped
         with torch.no_grad():
             theirs = teacher.eval()(example) if teacher is not None else Outputs(torch.zeros(2, 100))
             for part in parts:
-                model = part.wrap(model, model.eval()(example), self.teacher)
+                model = part.wrap(model, model.eval()(example), network)
             ours = model.eval()(example)
         for part in parts:
             part.build(ours, theirs, Setting(len(self.data.labels), 100, self.data.labels, seed))
         return Stage(
             name="distill",
             model=model,
-            views=Views(self.data.images, PREPROCESSING, "crop-flip", 0, seed, self.plan.device, margin=4),
+            views=Views(self.data.images, PREPROCESSING, job.augment, 0, seed, self.plan.device, margin=4),
             labels=self.data.labels,
             teacher=teacher,
             distillers=parts,
@@ -134,11 +154,11 @@ class Bench:
             batch_size=self.batch_size,
             learning_rate=0.05,
             weight_decay=5e-4,
-            ema_decay=0.0,
+            ema_decay=job.ema_decay,
             seed=seed,
             plan=self.plan,
             optimizer="sgd",
-            milestones=MILESTONES,
+            milestones=MILESTONES if job.schedule == "step" else (),
         )
 
     def accuracy(self, stage: Stage) -> float:
@@ -148,10 +168,10 @@ class Bench:
         return float((logits.argmax(1) == self.data.test_labels).float().mean())
 
 
-def train_all(bench: Bench, jobs: list[tuple[str, int, dict[str, Any]]], out: Path | None) -> None:
+def train_all(bench: Bench, jobs: list[Job], out: Path | None) -> None:
     """All jobs together; one JSON line each."""
     begin = time.perf_counter()
-    stages = [bench.stage(*job) for job in jobs]
+    stages = [bench.stage(job) for job in jobs]
 
     def progress(what: str, done: int, total: int) -> None:
         if done % max(1, total // 20) == 0:
@@ -160,10 +180,10 @@ def train_all(bench: Bench, jobs: list[tuple[str, int, dict[str, Any]]], out: Pa
 
     histories = fit_together(stages, progress)
     seconds = time.perf_counter() - begin
-    for (method, seed, options), stage, history in zip(jobs, stages, histories, strict=True):
-        row = {
-            "student": bench.student, "method": method, "options": options, "seed": seed,
-            "epochs": bench.epochs, "accuracy": round(100 * bench.accuracy(stage), 2),
+    for job, stage, history in zip(jobs, stages, histories, strict=True):
+        row = asdict(job) | {
+            "epochs": bench.epochs, "images": len(bench.data.labels),
+            "accuracy": round(100 * bench.accuracy(stage), 2),
             "last_loss": round(history[-1]["loss"], 4), "seconds_together": round(seconds, 1),
             "ms_a_step_together": round(1e3 * history[-1]["seconds"] / stage.steps_per_epoch, 3),
             "runs_together": len(jobs),
@@ -174,7 +194,7 @@ def train_all(bench: Bench, jobs: list[tuple[str, int, dict[str, Any]]], out: Pa
                 file.write(json.dumps(row) + "\n")
 
 
-def speed(bench: Bench, method: str, steps: int = 200) -> None:
+def speed(bench: Bench, job: Job, steps: int = 200) -> None:
     """Milliseconds a step of three plans, interleaved, the median of five rounds."""
     from edgekd.loop import Loop
 
@@ -186,7 +206,7 @@ def speed(bench: Bench, method: str, steps: int = 200) -> None:
     }
     loops: dict[str, Loop] = {}
     for name, plan in plans.items():
-        loop = Loop(replace(bench, plan=plan, epochs=100).stage(method, 0, {}))
+        loop = Loop(replace(bench, plan=plan, epochs=100).stage(job))
         loop.open_epoch(0)
         for _ in range(10):
             loop.step()
@@ -203,11 +223,7 @@ def speed(bench: Bench, method: str, steps: int = 200) -> None:
             times[name].append((time.perf_counter() - begin) / steps * 1e3)
     medians = {name: round(float(np.median(values)), 3) for name, values in times.items()}
     ratio = round(medians["eager f32"] / medians["graph + compile"], 2)
-    print(
-        json.dumps(
-            {"student": bench.student, "method": method, "ms_a_step": medians, "eager f32 over best": ratio}
-        )
-    )
+    print(json.dumps(asdict(job) | {"ms_a_step": medians, "eager f32 over best": ratio}))
 
 
 def main() -> None:
@@ -222,25 +238,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=240)
     parser.add_argument("--together", type=int, default=6, help="runs side by side on the device")
+    parser.add_argument("--jobs", type=Path, help="JSON lines, instead of --pair, --methods and --seeds")
     parser.add_argument("--hold-out", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    teacher_name, _, student = arguments.pair.partition(":")
-    teacher = CifarResNet(teacher_name)
-    weights = load_file(arguments.models / f"cifar100_{teacher_name}_fp16.safetensors")
-    teacher.load_state_dict({name: value.float() for name, value in weights.items()})
     data = Cifar100.load(arguments.data, arguments.hold_out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = Plan(bfloat16=True, device=device, graphed=device == "cuda", compiled=arguments.compile)
-    bench = Bench(data, teacher.eval(), student, arguments.epochs, plan)
-    if arguments.speed:
-        for method in arguments.methods:
-            speed(bench, method)
-        return
+    bench = Bench(data, arguments.models, arguments.epochs, plan)
     options = json.loads(arguments.options)
-    jobs = [(method, seed, options) for seed in arguments.seeds for method in arguments.methods]
+    if arguments.jobs is not None:
+        lines = arguments.jobs.read_text().splitlines()
+        jobs = [Job(**json.loads(line)) for line in lines if line.strip()]
+    else:
+        jobs = [
+            Job(arguments.pair, method, seed, options)
+            for seed in arguments.seeds
+            for method in arguments.methods
+        ]
+    if arguments.speed:
+        for job in jobs:
+            speed(bench, job)
+        return
     for start in range(0, len(jobs), arguments.together):
         train_all(bench, jobs[start : start + arguments.together], arguments.out)
 
