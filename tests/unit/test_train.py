@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -328,9 +329,9 @@ def test_where_threads_stall_one_goes_on_and_several_are_tried_ever_more_rarely(
         pace = Pace(Plan(threads=2, one_thread_rate=1000.0), lambda: clock[0])
         used = paced(pace, clock, 4000, {1: 700.0, 2: 70.0}.__getitem__)
     tries = [step for step in range(1, 4000) if (used[step - 1], used[step]) == (1, 2)]
-    gaps = [b - a for a, b in zip(tries, tries[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(tries)]
     assert 4 <= len(tries) <= 8
-    assert all(b >= 1.7 * a for a, b in zip(gaps[:-2], gaps[1:-1], strict=False))
+    assert all(b >= 1.7 * a for a, b in pairwise(gaps[:-1]))
 
 
 def test_one_thread_is_never_timed() -> None:
