@@ -257,6 +257,12 @@ def _one_layer(layer: LayerShape | None, int8: bool) -> bytes:
         nodes.append(helper.make_node("Add", [source, source], ["made"]))
     elif layer.op == "pool":
         nodes.append(helper.make_node("GlobalAveragePool", [source], ["made"]))
+    elif layer.op == "avgpool":
+        shape, margin = [layer.kernel] * 2, [(layer.kernel - 1) // 2] * 4
+        pool = {"kernel_shape": shape, "strides": [layer.stride] * 2, "pads": margin, "ceil_mode": 1}
+        nodes.append(helper.make_node("AveragePool", [source], ["made"], **pool))
+    elif layer.op == "attention":
+        nodes += _attention(layer, source, constants)
     else:
         attributes = {"strides": [layer.stride] * 2, "group": layer.groups, "pads": [layer.kernel // 2] * 4}
         nodes.append(helper.make_node("Conv", [source, "weight", "bias"], ["made"], **attributes))
@@ -274,6 +280,23 @@ def _one_layer(layer: LayerShape | None, int8: bool) -> bytes:
     ]
     graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], [c for c in constants if c.name in used])
     return _model(graph)
+
+
+def _attention(layer: LayerShape, source: str, constants: list[Any]) -> list[Any]:
+    """The products of `edgekd.nets.Attend`, in float, with one map as queries, keys and values."""
+    from onnx import helper, numpy_helper
+
+    side, depth = layer.size_in, layer.channels_in // layer.groups
+    for name, shape in (("heads", (1, layer.groups, depth, side**2)), ("map", (1, -1, side, side))):
+        constants.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+    return [
+        helper.make_node("Reshape", [source, "heads"], ["values"]),
+        helper.make_node("Transpose", ["values"], ["keys"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["keys", "values"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["shares"], axis=2),
+        helper.make_node("MatMul", ["values", "shares"], ["mixed"]),
+        helper.make_node("Reshape", ["mixed", "map"], ["made"]),
+    ]
 
 
 def _model(graph: Any) -> bytes:

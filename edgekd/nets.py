@@ -47,6 +47,25 @@ def as_outputs(made: Outputs | Tensor) -> Outputs:
     return made if isinstance(made, Outputs) else Outputs(made)
 
 
+class Attend(nn.Module):
+    """Attention of `heads` over the pixels of maps (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
+
+    Queries, keys and values are (N, C, H, W), and so is what it gives.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        width, height, across = queries.shape[1:]
+        depth = width // self.heads
+        shape = (-1, self.heads, depth, height * across)  # a trace leaves the batch size open
+        scores = keys.reshape(shape).transpose(2, 3) @ (queries.reshape(shape) * depth**-0.5)
+        made = values.reshape(shape) @ torch.softmax(scores, 2)  # keys along axis 2: no transpose behind it
+        return made.reshape(-1, width, height, across)
+
+
 def evaluate(model: nn.Module, inputs: Tensor, batch_size: int = 250) -> Tensor:
     """float32 (N, classes) logits in eval mode without gradients, on the CPU."""
     training = {module: module.training for module in model.modules()}
@@ -101,7 +120,7 @@ def tapped_forward(model: nn.Module, inputs: Tensor, classes: int) -> Outputs:
 
 
 def count_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image through all convolutions and linear layers."""
+    """Multiply-accumulates of one image through all convolutions, linear layers and `Attend`."""
     total = 0
 
     def add(module: nn.Module, _: object, output: object) -> None:
@@ -112,6 +131,8 @@ def count_macs(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
             total += output[0].numel() * module.weight[0].numel()
         elif isinstance(module, nn.Linear):
             total += output[0].numel() * module.in_features
+        elif isinstance(module, Attend):
+            total += 2 * output[0].numel() * output.shape[-1] * output.shape[-2]
 
     hooks = [module.register_forward_hook(add) for module in model.modules()]
     training = model.training

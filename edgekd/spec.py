@@ -45,7 +45,7 @@ class ModelSpec:
 class LayerShape:
     """One executed layer: what a cost model needs. Maps are square; sizes are in pixels."""
 
-    op: str  # "conv" | "linear" | "add" | "pool"
+    op: str  # "conv" | "linear" | "add" | "pool" (of the whole map) | "avgpool" | "attention"
     channels_in: int
     channels_out: int
     kernel: int = 1
@@ -56,24 +56,26 @@ class LayerShape:
 
     @property
     def size_out(self) -> int:
-        return -(-self.size_in // self.stride) if self.op in ("conv", "add") else 1
+        return 1 if self.op in ("linear", "pool") else -(-self.size_in // self.stride)
 
     @property
     def macs(self) -> int:
-        if self.op in ("add", "pool"):
+        if self.op == "attention":  # queries times keys, and weights times values; `groups` are the heads
+            return 2 * self.channels_in * self.size_in**4
+        if self.op not in ("conv", "linear"):
             return 0
         return self.channels_out * (self.channels_in // self.groups) * self.kernel**2 * self.size_out**2
 
     @property
     def parameters(self) -> int:
         """Weights and biases after batch norm is folded."""
-        if self.op in ("add", "pool"):
+        if self.op not in ("conv", "linear"):
             return 0
         return self.channels_out * (self.channels_in // self.groups) * self.kernel**2 + self.channels_out
 
     @property
     def values_moved(self) -> int:
-        """Elements read and written: input, output and weights."""
-        reads = 2 if self.op == "add" else 1
+        """Elements read and written: inputs, output, weights, and what attention keeps in between."""
+        reads = {"add": 2, "attention": 3}.get(self.op, 1)
         maps = reads * self.channels_in * self.size_in**2 + self.channels_out * self.size_out**2
-        return maps + self.parameters
+        return maps + self.parameters + (2 * self.groups * self.size_in**4 if self.op == "attention" else 0)

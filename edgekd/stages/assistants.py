@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from edgekd.blocks import deployed
 from edgekd.errors import UsageError
 from edgekd.nets import count_parameters
 from edgekd.spaces import Genome
@@ -128,7 +129,7 @@ def teach_assistants(
                 "genome": list(assistant.genome),
                 "found": assistant.found,
                 "macs": assistant.macs,
-                "parameters": count_parameters(trained.network),
+                "parameters": count_parameters(deployed(trained.network)),
                 "accuracy": right,
                 "taught_by": teacher.name,
                 "architecture": list(bench.space.describe(assistant.genome)),

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from edgekd.blocks import deployed
 from edgekd.distillers import plain
 from edgekd.errors import UsageError
 from edgekd.files import sha256_json
@@ -165,9 +166,9 @@ class Bench:
         """The space a genome belongs to: with the restrictions it was found under, else those of the card."""
         restrictions = self.run.target.space
         multiple = blueprint.channel_multiple or int(float(restrictions.channel_multiple.value))
-        return search_space(
-            blueprint.space, self.spec, multiple, blueprint.kernels or tuple(restrictions.kernels)
-        )
+        card = (restrictions.kernels, restrictions.forbidden_ops)
+        kernels, forbidden = (blueprint.kernels, blueprint.forbidden_ops) if blueprint.kernels else card
+        return search_space(blueprint.space, self.spec, multiple, tuple(kernels), tuple(forbidden))
 
     @property
     def blueprint(self) -> Blueprint:
@@ -180,7 +181,8 @@ class Bench:
         return self.blueprint.genome
 
     def untrained(self, blueprint: Blueprint, seed: int | None = None) -> nn.Module:
-        """The network of a blueprint with fresh weights, the same for the same seed; None is the recipe's."""
+        """The network of a blueprint as it is trained, with fresh weights, the same for the same seed; None
+        is the recipe's."""
         seed = self.recipe.seed if seed is None else seed
         if not blueprint.factory:
             generator = torch.Generator().manual_seed(seed)
@@ -219,6 +221,7 @@ class Bench:
         for phase in () if self.recipe.distill.weights else self.trainings:
             if not all(map(plain, phase.recipe.method.split("+"))):
                 model = prepare(self.room(phase, self.teacher), model).deploy()
+        model = deployed(model)
         load_weights(model, self.run.folder / "3-distilled.safetensors", STUDENT)
         return model.eval()
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgekd.blocks import deployed
 from edgekd.files import read_json, sha256_file, sha256_json, write_atomic
 from edgekd.nets import count_macs, count_parameters
 from edgekd.stages.assistants import choose_assistants, teach_assistants
@@ -30,6 +31,7 @@ def run(bench: Bench) -> dict[str, Any]:
     student = bench.untrained(bench.blueprint)
     if recipe.weights:
         path = Path(recipe.weights).expanduser()
+        student = deployed(student)
         load_weights(student, path, STUDENT)
         bench.run.reporter.say(f"  weights given, not trained: {path}")
         given = {"source": recipe.weights, "sha256": sha256_file(path)}
@@ -43,7 +45,7 @@ def run(bench: Bench) -> dict[str, Any]:
         phases = (chosen,)
     assistants: list[dict[str, Any]] = []
     if recipe.assistants:
-        macs = count_macs(student, bench.spec.input_shape)
+        macs = count_macs(deployed(copy.deepcopy(student)), bench.spec.input_shape)
         teacher, assistants = teach_assistants(bench, phases, teacher, macs, key)
     trained = train(bench, student, phases, teacher, "distill", key)
     distilled = {
@@ -56,7 +58,7 @@ def run(bench: Bench) -> dict[str, Any]:
         "assistants": assistants,
         "suggestion": suggestion,
     }
-    return _finish(bench, trained.network, distilled)
+    return _finish(bench, deployed(trained.network), distilled)
 
 
 def _finish(bench: Bench, student: torch.nn.Module, distilled: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +112,6 @@ def _rehearse(bench: Bench, student: torch.nn.Module) -> None:
     if recipe.prepare:
         check_preparable(bench)
     if recipe.assistants:
-        choose_assistants(bench, count_macs(student, bench.spec.input_shape))
+        choose_assistants(bench, count_macs(deployed(copy.deepcopy(student)), bench.spec.input_shape))
     for phase in () if recipe.method == SUGGEST else bench.trainings:
         student = prepare(bench.room(phase, bench.teacher), student).deploy()

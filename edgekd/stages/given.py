@@ -228,6 +228,9 @@ def _write(bench: Bench, blueprint: Blueprint, student: nn.Module, costs: dict[s
             "genome": list(blueprint.genome),
             "channel_multiple": blueprint.channel_multiple or int(float(restrictions.channel_multiple.value)),
             "kernels": list(blueprint.kernels or restrictions.kernels),
+            "forbidden_ops": list(
+                blueprint.forbidden_ops if blueprint.kernels else restrictions.forbidden_ops
+            ),
         }
         described = list(bench.space_of(blueprint).describe(blueprint.genome))
     write_json(bench.run.folder / "2-student.json", {**named, "architecture": described, "candidate": costs})

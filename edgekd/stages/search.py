@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgekd.blocks import deployed
 from edgekd.cost import CostModel, cost_model
 from edgekd.files import sha256_json, write_json
 from edgekd.nets import Outputs, count_parameters, layer_shapes, tapped_forward
@@ -51,6 +52,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "genome": list(chosen.genome),
             "channel_multiple": int(float(restrictions.channel_multiple.value)),
             "kernels": list(restrictions.kernels),
+            "forbidden_ops": list(restrictions.forbidden_ops),
             "architecture": list(bench.space.describe(chosen.genome)),
             "candidate": asdict(chosen),
         },
@@ -213,7 +215,7 @@ def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> di
         "latency_measured_ms": None,
         "latency_measured_on": None,
         "built_parameters": count_parameters(
-            bench.space.build(found.candidates[found.chosen].genome, torch.Generator())
+            deployed(bench.space.build(found.candidates[found.chosen].genome, torch.Generator()))
         ),
     }
 

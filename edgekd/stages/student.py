@@ -23,6 +23,7 @@ class Blueprint(msgspec.Struct, frozen=True, kw_only=True):
     genome: tuple[int, ...] = ()
     channel_multiple: int = 0
     kernels: tuple[int, ...] = ()
+    forbidden_ops: tuple[str, ...] = ()
     factory: str = ""
 
 

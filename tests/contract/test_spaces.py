@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edgekd import export
 from edgekd.backends import backend
+from edgekd.blocks import Reparameterised, deployed
 from edgekd.errors import UsageError
 from edgekd.nets import count_macs, tapped_forward
 from edgekd.quantize.capture import capture
@@ -75,7 +76,7 @@ def test_a_student_gives_logits_embedding_and_features(name: str, size: int, col
 def test_the_stated_layers_have_the_costs_of_the_network(name: str, size: int, color: str) -> None:
     space = space_of(name, size, color)
     for genome in genomes(space, 2 if size < 100 else 0):
-        model, layers = build(space, genome), space.layers(genome)
+        model, layers = deployed(build(space, genome)), space.layers(genome)
         assert sum(layer.macs for layer in layers) == count_macs(model, spec_of(size, color).input_shape)
         assert sum(layer.parameters for layer in layers) == folded_parameters(model)
 
@@ -92,7 +93,7 @@ def test_the_stated_layers_are_those_that_run_in_their_order(name: str) -> None:
                 shape = (module.in_channels, module.out_channels, kernel, stride, module.groups)
                 ran.append((*shape, args[0].shape[-1]))
 
-        model = build(space, genome).eval()
+        model = deployed(build(space, genome)).eval()
         for module in model.modules():
             module.register_forward_hook(note)
         with torch.inference_mode():
@@ -145,12 +146,41 @@ def test_weights_depend_on_the_generator_and_on_nothing_else(name: str) -> None:
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_deployed_form_computes_what_the_trained_one_does(name: str) -> None:
+    space, inputs = space_of(name, 32, "rgb"), torch.randn(16, 3, 32, 32)
+    for genome in genomes(space, 2):
+        trained = _settled(space, genome, inputs)
+        expected = evaluate(trained, inputs)
+        shipped = deployed(trained)
+        assert not any(isinstance(module, Reparameterised) for module in shipped.modules())
+        torch.testing.assert_close(evaluate(shipped, inputs), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_space_whose_convolutions_the_card_forbids_is_refused() -> None:
+    for name, kernels, forbidden in (
+        ("inverted-residual", (3,), ("depthwise",)), ("hybrid", (3,), ("depthwise",)), ("repvgg", (5,), ()),
+    ):  # fmt: skip
+        with pytest.raises(UsageError) as caught:
+            search_space(name, spec_of(32, "rgb"), 8, kernels, forbidden)
+        assert (forbidden or ("3x3",))[0] in caught.value.message
+        assert "mobile-cnn" in caught.value.hint
+
+
+def test_a_card_without_depthwise_convolutions_gets_students_without() -> None:
+    space = search_space("mobile-cnn", spec_of(32, "rgb"), 8, (3, 5), ("depthwise",))
+    assert all(layer.groups == 1 for genome in genomes(space, 20) for layer in space.layers(genome))
+
+
 def _settled(space: SearchSpace, genome: Genome, inputs: Tensor) -> nn.Module:
     """A student with batch statistics of `inputs` and logits that are far apart, as after training."""
     model = build(space, genome).train()
     with torch.no_grad():
-        for _ in range(20):
-            model(inputs)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the mean over all batches
+        for part in torch.split(inputs, 16):
+            model(part)
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.mul_(50)
@@ -167,7 +197,7 @@ def test_a_student_can_be_exported_and_quantized_for_every_dialect(
     space, spec = space_of(name, size, color), spec_of(size, color)
     coarse = torch.randn(64, spec.input_shape[0], 4, 4, generator=torch.Generator().manual_seed(seed))
     inputs = F.interpolate(coarse, size=size)
-    model = _settled(space, genomes(space, 1, seed)[-1], inputs[:32])
+    model = deployed(_settled(space, genomes(space, 1, seed)[-1], inputs[:32]))
     graph = capture(model, spec.input_shape)
     float_model = export.to_onnx(graph, spec)
     export.save(float_model, tmp_path / "float.onnx")
@@ -183,11 +213,14 @@ def test_a_student_can_be_exported_and_quantized_for_every_dialect(
             split = scheme.symmetric and kind == "uint8"
             lowered = lower(float_model, parameters_of(quantized, sites), sites, kind, split_relu=split)
             export.save(lowered, tmp_path / "q.onnx")
-            session = backend("onnxruntime").open(tmp_path / "q.onnx", optimize=False)  # type: ignore[call-arg]
-            got = session.run(inputs.numpy())
-            # The logits of an untrained network tie: one image of 64 may flip, but none may move far.
-            assert top1_agreement(got, exact) >= 1 - 1 / len(exact)
+            plain = backend("onnxruntime").open(tmp_path / "q.onnx", optimize=False)  # type: ignore[call-arg]
+            # The logits of an untrained network tie: one image of 64 may flip (two behind a softmax).
+            got = plain.run(inputs.numpy())
+            assert top1_agreement(got, exact) >= 1 - (2 if name == "hybrid" else 1) / len(exact)
             assert np.abs(got - exact).mean() <= 0.003 * np.ptp(exact)
+            if kind == "uint8" and not split:  # OpenVINO's own form; its integer kernels round elsewhere
+                got = backend("openvino").open(tmp_path / "q.onnx").run(inputs.numpy())
+                assert np.abs(got - exact).mean() <= 0.03 * np.ptp(exact)
 
 
 def test_an_unknown_space_is_refused_with_the_nearest_name() -> None:

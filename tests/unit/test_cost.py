@@ -25,6 +25,8 @@ LAYERS = {
     "linear": LayerShape("linear", 16, 4),
     "add": LayerShape("add", 16, 16, size_in=8, relu=True),
     "pool": LayerShape("pool", 16, 16, size_in=8),
+    "avgpool": LayerShape("avgpool", 16, 16, 3, size_in=8),
+    "attention": LayerShape("attention", 16, 16, groups=2, size_in=8),
 }
 
 
@@ -54,8 +56,17 @@ def test_a_depthwise_convolution_has_one_filter_a_channel() -> None:
 
 
 def test_additions_and_pools_have_no_weights() -> None:
-    for name in ("add", "pool"):
+    for name in ("add", "pool", "avgpool"):
         assert LAYERS[name].macs == LAYERS[name].parameters == 0
+    assert LAYERS["attention"].parameters == 0
+
+
+def test_attention_multiplies_all_pixels_with_all_pixels_twice() -> None:
+    assert LAYERS["attention"].macs == 2 * 64 * 64 * 16
+    assert LAYERS["attention"].values_moved == 4 * 16 * 64 + 2 * 2 * 64 * 64
+
+
+def test_additions_read_two_maps() -> None:
     assert LAYERS["add"].values_moved == 3 * 16 * 64
 
 

@@ -13,11 +13,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from nb201_net import Nb201
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgekd.spec import Preprocessing
+from edgekd.blocks import Classifier
+from edgekd.spaces import nb201 as cells
+from edgekd.spec import LayerShape, Preprocessing
 from edgekd.tasks.classification import normalise
 
 CLASSES, WIDTHS = 100, (16, 32, 64)
@@ -94,7 +95,14 @@ def nb201(path: Path, count: int, seed: int) -> Truth:
         names = [str(name) for name in _texts(stream)]
     rows = np.random.default_rng(seed).permutation(len(names))[:count]
     chosen = {name: values[rows] for name, values in accuracy.items()}
-    return Truth("nb201", [names[row] for row in rows], lambda arch: Nb201(arch, CLASSES), chosen)
+    return Truth("nb201", [names[row] for row in rows], nb201_network, chosen)
+
+
+def nb201_network(text: str, classes: int = CLASSES) -> nn.Module:
+    """As published, with the edges that no path to the logits needs."""
+    stem = LayerShape("conv", 3, cells.WIDTHS[0], 3, size_in=32)
+    body = cells.network_body(stem, cells.edges_of(text), cells.WIDTHS)
+    return Classifier(nn.Sequential(*body), cells.WIDTHS[-1], classes)
 
 
 class _ArrayOfTexts(pickle.Unpickler):
