@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from edgekd import __version__, labelling, listings, scoring
+from edgekd import __version__, labelling, listings, quantizing, scoring
 from edgekd.console import Console
 from edgekd.embed.command import embed
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
@@ -27,7 +27,6 @@ _STAGE_HELP = {
         "Search if needed, then distill the teacher into the student.",
         "--student my.models:student \\\n  --teacher my.models:build --weights t.safetensors --data images/",
     ),
-    "quantize": ("All up to quantization-aware training.", _KEPT),
     "export": ("All up to the ONNX files of each dialect.", _KEPT),
 }
 
@@ -159,6 +158,35 @@ def _add_stage(name: str, text: str, files: str) -> None:
 
 for _name, (_text, _files) in _STAGE_HELP.items():
     _add_stage(_name, _text, _files)
+
+
+@cli.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--weights-only",
+    type=click.Choice(["8", "4"]),
+    help="Of MODEL, also a candidate for size: bits of weights.",
+)
+@_recipe_options
+def quantize(model: Path | None, weights_only: str | None, **given: Any) -> None:
+    """Quantize an ONNX file, or run all stages of a student up to quantization.
+
+    With MODEL, a float .onnx file of any origin: calibrate on --data, try, leave in float what breaks,
+    measure every candidate on the target's runtimes here, keep the best within the budget (docs/quantize.md).
+
+    \b
+    Example: edgekd quantize model.onnx --target x86 --data images/ --mean 0.485,0.456,0.406 \\
+               --std 0.229,0.224,0.225 --max-drop 1.0
+    Example: edgekd quantize speech.onnx --target rpi5 --data inputs.npz
+    Without MODEL: edgekd quantize --target jetson --out runs/jetson
+    """
+    if model is None:
+        if weights_only:
+            raise click.UsageError("--weights-only needs a MODEL.onnx")
+        _run("quantize", **given)
+        return
+    mean, std = (_numbers(name, given[name]) if given[name] else [] for name in ("mean", "std"))
+    quantizing.quantize_model(model, given | {"weights_only": weights_only}, mean, std)
 
 
 @cli.command()

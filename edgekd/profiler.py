@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edgekd.backends import Array, Session, backend, processor_name
+from edgekd.backends import Array, Feeds, Session, backend, processor_name
 from edgekd.errors import BackendError, EdgekdError, MissingExtraError, UsageError
 
 _ISA = (
@@ -94,7 +94,7 @@ class _Order(msgspec.Struct, forbid_unknown_fields=True):
 
     variants: list[Variant]
     protocol: Protocol
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int] | str
 
 
 class _Refusal(msgspec.Struct):
@@ -111,7 +111,7 @@ class _Answer(msgspec.Struct):
 
 
 def measure(
-    variants: list[Variant], *, protocol: Protocol, input_shape: tuple[int, int, int]
+    variants: list[Variant], *, protocol: Protocol, input_shape: tuple[int, int, int] | str
 ) -> dict[str, Latency]:
     """Latency of each variant by id, all measured interleaved in one session.
 
@@ -184,7 +184,7 @@ def run_session(
     calls_per_round: int,
     threads: int,
     seed: int,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, int, int] | str,
     timeout_s: float = 600.0,
 ) -> SessionResult:
     """Measure the variants at batch 1 in one fresh process.
@@ -195,7 +195,7 @@ def run_session(
         calls_per_round: consecutive calls of a variant in its turn.
         threads: inside one call, for every runtime.
         seed: of the orders and of the input, the same for all variants.
-        input_shape: (C, H, W).
+        input_shape: (C, H, W); or a ``.npz`` file that holds the inputs of one call by name.
         timeout_s: the process is ended after this many seconds.
 
     Raises:
@@ -301,7 +301,7 @@ def _session(order: _Order) -> SessionResult:
     """The worker's part: load, warm up, measure."""
     protocol = order.protocol
     shuffle = random.Random(protocol.seed).shuffle
-    images = np.random.default_rng(protocol.seed).standard_normal((1, *order.input_shape), dtype=np.float32)
+    images = _inputs(order)
     engines = {name: backend(name) for name in sorted({variant.backend for variant in order.variants})}
     versions = {name: engine.version() for name, engine in engines.items()}  # imports the engines
     steal, load = _steal_ticks(), list(os.getloadavg())
@@ -335,7 +335,7 @@ def _session(order: _Order) -> SessionResult:
         "precision": {variant.id: variant.precision for variant in order.variants},
         "threads": protocol.threads,
         "batch": 1,
-        "input_shape": list(order.input_shape),
+        "input_shape": order.input_shape,
         "load_average_before": load,
         "load_average_after": list(os.getloadavg()),
         "steal_ticks_before": steal,
@@ -344,7 +344,16 @@ def _session(order: _Order) -> SessionResult:
     return SessionResult({variant.id: times[variant.id] for variant in order.variants}, told)
 
 
-def _warm_up(session: Session, images: Array) -> None:
+def _inputs(order: _Order) -> Array | Feeds:
+    """The inputs of one call: random images, or what the caller stored."""
+    if isinstance(order.input_shape, str):
+        with np.load(order.input_shape, allow_pickle=False) as held:
+            return {name: held[name] for name in held.files}
+    draw = np.random.default_rng(order.protocol.seed)
+    return draw.standard_normal((1, *order.input_shape), dtype=np.float32)
+
+
+def _warm_up(session: Session, images: Array | Feeds) -> None:
     """Windows of calls until two consecutive medians agree."""
     before = 0.0
     for _ in range(_WINDOWS):
@@ -354,7 +363,7 @@ def _warm_up(session: Session, images: Array) -> None:
         before = now
 
 
-def _turn(session: Session, images: Array, calls: int) -> tuple[list[float], list[float]]:
+def _turn(session: Session, images: Array | Feeds, calls: int) -> tuple[list[float], list[float]]:
     """Wall and process milliseconds of consecutive calls."""
     wall_ms, cpu_ms = [], []
     for _ in range(calls):

@@ -125,6 +125,7 @@ class QuantizeRecipe(_Strict, frozen=True):
     mode: Literal["card", "qat", "ptq", "none"] = "card"
     calibrator: str = "mse"
     calibration_images: Annotated[int, msgspec.Meta(ge=2)] = 512
+    calibration_choice: Literal["stratified", "random", "coverage"] = "stratified"
     epochs: _Count = 1
     learning_rate: _Positive = 2e-4
 

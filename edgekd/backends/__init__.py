@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from edgekd.errors import UsageError, unknown_name
 
 Array = NDArray[np.float32]
+Feeds = Mapping[str, NDArray[Any]]  # the inputs of one call by name, for graphs that are no image classifier
 
 _TABLE = {
     "onnxruntime": "edgekd.backends.onnxruntime:OnnxRuntimeBackend",
@@ -52,9 +54,10 @@ class Coverage:
 
 
 class Session(Protocol):
-    """A loaded model: float32 (N, C, H, W) in, float32 (N, classes) out."""
+    """A loaded model: float32 (N, C, H, W) in, float32 (N, classes) out; or named inputs in, its first
+    output out."""
 
-    def run(self, images: Array) -> Array: ...
+    def run(self, images: Array | Feeds) -> Array: ...
 
 
 class Backend(Protocol):

@@ -65,10 +65,11 @@ def load_graph(model: Path) -> Any:
         loaded = onnx.load(model)
         if loaded.functions:
             loaded = inliner.inline_local_functions(loaded)
-        fed = {tensor.name for tensor in loaded.graph.initializer}
-        for value in loaded.graph.input:
-            if value.name not in fed and value.type.tensor_type.shape.dim:
-                value.type.tensor_type.shape.dim[0].dim_value = 1
+        stored = {tensor.name for tensor in loaded.graph.initializer}
+        fed = [value.type.tensor_type.shape.dim for value in loaded.graph.input if value.name not in stored]
+        for dims in fed:  # a fixed first axis of one among several inputs need not be the batch
+            if dims and (len(fed) == 1 or not dims[0].dim_value):
+                dims[0].dim_value = 1
         for value in loaded.graph.output:
             value.type.tensor_type.ClearField("shape")
         del loaded.graph.value_info[:]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgekd.backends import Array, Coverage, Layer, processor_name
+from edgekd.backends import Array, Coverage, Feeds, Layer, processor_name
 from edgekd.backends.macs import Executed, assign, compute_nodes, kind_of, plain_name, weight_name
 from edgekd.errors import BackendError, missing_extra
 
@@ -42,19 +43,40 @@ class OnnxRuntimeSession:
         self._outputs = [session.get_outputs()[0].name]
         self._errors = _runtime_errors()
 
-    def run(self, images: Array) -> Array:
-        """Logits, float32 (N, classes), of float32 (N, C, H, W).
+    def run(self, images: Array | Feeds) -> Array:
+        """Logits, float32 (N, classes), of float32 (N, C, H, W); the first output, of inputs by name.
 
         Raises:
             BackendError: the images do not fit the model.
         """
-        if self._batch is not None and len(images) != self._batch:
+        feeds = {self._input: images} if isinstance(images, np.ndarray) else images
+        if self._batch is not None and isinstance(images, np.ndarray) and len(images) != self._batch:
             raise BackendError(f"the session was opened for batch {self._batch}, got {len(images)} images")
         try:
-            logits: Array = self._session.run(self._outputs, {self._input: images})[0]
+            logits: Array = self._session.run(self._outputs, feeds)[0]
         except self._errors as error:
             raise BackendError(f"onnxruntime: {error}") from error
         return logits
+
+
+class GraphSession:
+    """A graph of any inputs, run as written, that gives every tensor named as one of its outputs."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._names = [output.name for output in session.get_outputs()]
+        self._errors = _runtime_errors()
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Every output by name.
+
+        Raises:
+            BackendError: the inputs do not fit the graph.
+        """
+        try:
+            return dict(zip(self._names, self._session.run(None, feeds), strict=True))
+        except self._errors as error:
+            raise BackendError(f"onnxruntime: {error}") from error
 
 
 class OnnxRuntimeBackend:
@@ -100,6 +122,32 @@ class OnnxRuntimeBackend:
         if not optimize:
             options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_DISABLE_ALL
         return OnnxRuntimeSession(_load(model, options, batch), batch)
+
+    def open_graph(self, model: bytes, *, threads: int = 1, optimize: bool = False) -> GraphSession:
+        """Load a serialised ONNX model with all its outputs.
+
+        Raises:
+            BackendError: the runtime refuses the graph.
+        """
+        engine = _engine()
+        options = _options(threads)
+        if not optimize:
+            options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return GraphSession(engine.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+        except _runtime_errors() as error:
+            raise BackendError(f"onnxruntime refuses the graph: {error}") from error
+
+    def simplify(self, model: Path, to: Path) -> None:
+        """Write the model with constants folded and batch norm in its convolutions; standard operators only.
+
+        Raises:
+            BackendError: the runtime refuses the graph.
+        """
+        options = _options(threads=1)
+        options.graph_optimization_level = _engine().GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(to)
+        _load(model, options, batch=None)
 
     def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
         """The optimised graph at batch 1; times are medians of 30 runs with a resolution of 1 µs.

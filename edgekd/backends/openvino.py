@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.backends import Array, Coverage, Layer
+from edgekd.backends import Array, Coverage, Feeds, Layer
 from edgekd.backends.macs import Executed, assign, compute_nodes, kind_of, plain_name
 from edgekd.errors import BackendError, missing_extra
 
@@ -30,19 +30,22 @@ class OpenVinoSession:
         self._request = compiled.create_infer_request()
         self._batch = batch
         size, *sides = compiled.input(0).get_partial_shape()
-        if size.is_dynamic and all(side.is_static for side in sides):
+        alone = len(compiled.inputs) == 1
+        if alone and size.is_dynamic and all(side.is_static for side in sides):
             # A large first batch packs int8 weights for AMX. The AVX-512 kernel of a smaller batch then reads
             # them without the sums that signed activations need, and gives garbage (seen with 2026.4.1).
             # After one image, which packs them for both, every order of batches is right.
             kind = compiled.input(0).get_element_type().to_dtype()
             self._request.infer([np.zeros((1, *(side.get_length() for side in sides)), kind)])
 
-    def run(self, images: Array) -> Array:
-        """Logits, float32 (N, classes), of float32 (N, C, H, W).
+    def run(self, images: Array | Feeds) -> Array:
+        """Logits, float32 (N, classes), of float32 (N, C, H, W); the first output, of inputs by name.
 
         Raises:
             BackendError: the images do not fit the model.
         """
+        if not isinstance(images, np.ndarray):
+            return self._run_named(images)
         if self._batch is not None and len(images) != self._batch:
             raise BackendError(f"the session was opened for batch {self._batch}, got {len(images)} images")
         held = np.require(images, requirements=["C", "W"])  # the tensor below only points into it
@@ -54,6 +57,14 @@ class OpenVinoSession:
             raise BackendError(f"openvino: {_told(error)}") from error
         logits: Array = self._request.get_output_tensor(0).data.copy()
         return logits
+
+    def _run_named(self, feeds: Feeds) -> Array:
+        try:
+            self._request.infer(dict(feeds))
+        except RuntimeError as error:
+            raise BackendError(f"openvino: {_told(error)}") from error
+        made: Array = self._request.get_output_tensor(0).data.copy()
+        return made
 
 
 class OpenVinoBackend:
@@ -138,9 +149,13 @@ class OpenVinoBackend:
         try:
             graph = core.read_model(str(model))
             if batch is not None:
-                shape = graph.input(0).partial_shape
-                shape[0] = batch
-                graph.reshape({graph.input(0): shape})
+                fixed = {}
+                for port in graph.inputs:
+                    shape = port.partial_shape
+                    if len(graph.inputs) == 1 or (shape.rank.get_length() and shape[0].is_dynamic):
+                        shape[0] = batch
+                        fixed[port] = shape
+                graph.reshape(fixed)
             return core.compile_model(graph, "CPU", options)
         except RuntimeError as error:
             raise BackendError(f"openvino refuses {model}: {_told(error)}") from error

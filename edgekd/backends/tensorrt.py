@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.backends import Array, Coverage
+from edgekd.backends import Array, Coverage, Feeds
 from edgekd.errors import BackendError, MissingExtraError, missing_extra
 
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")  # desktop and server; Jetson
@@ -54,14 +54,15 @@ class TensorRtSession:
         self._stream = _cuda_call(cuda, cuda.cudaStreamCreate())
         self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
 
-    def run(self, images: Array) -> Array:
+    def run(self, images: Array | Feeds) -> Array:
         """Logits, float32 (N, classes), of float32 (N, C, H, W); copies both ways and waits.
 
         Raises:
             BackendError: the images do not fit the engine, or CUDA reports an error.
         """
         cuda, kind = self._cuda, self._cuda.cudaMemcpyKind
-        images = np.ascontiguousarray(images, dtype=np.float32)
+        one = images if isinstance(images, np.ndarray) else next(iter(images.values()))
+        images = np.ascontiguousarray(one, dtype=np.float32)
         if not self._context.set_input_shape(self._input, images.shape):
             raise BackendError(f"tensorrt: the engine was not built for the input shape {images.shape}")
         logits = np.empty(tuple(self._context.get_tensor_shape(self._output)), np.float32)

@@ -1,7 +1,6 @@
 """From a float ONNX graph and learnt scales to the QDQ graph one runtime executes in integers.
 
-Q and DQ nodes are written here, never by an exporter, and their number is asserted. Weights become int8
-initialisers behind a DequantizeLinear; biases stay float (TensorRT's parser refuses int32 ones).
+Q and DQ nodes are written here, never by an exporter, and their number is asserted.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from edgekd.errors import ParityError
 from edgekd.quantize.fakequant import QuantizedParameters, Sites
-from edgekd.quantize.scheme import Grid
+from edgekd.quantize.qdq import add_pair, add_weight, assert_counts, count_kinds, sort_nodes
 
 ActivationType = Literal["int8", "uint8"]
 _POOLS = ("ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool")
@@ -74,7 +73,7 @@ def lower(
     if split_relu:
         quantized += _quantize_before_relu(graph)
     weights = _quantize_weights(graph, parameters)
-    _sort(graph)
+    sort_nodes(graph)
     _assert_counts(graph, quantized, weights)
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -110,7 +109,7 @@ def _quantize_activations(
             for position, read in enumerate(reader.input):
                 if read == tensor and not reader.name.startswith(f"{tensor}_"):
                     reader.input[position] = dequantized
-        _add_pair(graph, source, dequantized, grid, signed)
+        add_pair(graph, source, dequantized, grid, signed)
     return len(sites.activations)
 
 
@@ -159,19 +158,6 @@ def _onnx_name(name: str, sites: Sites, graph: onnx.GraphProto) -> str:
     return str(makers[0].output[0])
 
 
-def _add_pair(graph: onnx.GraphProto, source: str, dequantized: str, grid: Grid, signed: bool) -> None:
-    scale, zero, code = f"{source}_scale", f"{source}_zero_point", f"{source}_quantized"
-    kind = TensorProto.INT8 if signed else TensorProto.UINT8
-    graph.initializer.append(numpy_helper.from_array(np.array(grid.scale, np.float32), scale))
-    graph.initializer.append(helper.make_tensor(zero, kind, [], [grid.zero_point]))
-    graph.node.append(
-        helper.make_node("QuantizeLinear", [source, scale, zero], [code], f"{source}_QuantizeLinear")
-    )
-    graph.node.append(
-        helper.make_node("DequantizeLinear", [code, scale, zero], [dequantized], f"{source}_DequantizeLinear")
-    )
-
-
 def _quantize_weights(graph: onnx.GraphProto, parameters: QuantizedParameters) -> int:
     """Store each weight as int8 codes behind a per-channel DequantizeLinear; returns how many."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -180,54 +166,25 @@ def _quantize_weights(graph: onnx.GraphProto, parameters: QuantizedParameters) -
         weight = parameters.tensors[name]
         shaped = scales.reshape(-1, *[1] * (weight.ndim - 1))
         codes = np.clip(np.round(weight / shaped), low, high).astype(np.int8)
-        code, scale, zero, real = (
-            f"{name}_{part}" for part in ("int8", "scale", "zero_point", "dequantized")
-        )
         graph.initializer.remove(stored[name])
-        graph.initializer.append(numpy_helper.from_array(codes, code))
-        graph.initializer.append(numpy_helper.from_array(scales.astype(np.float32), scale))
-        graph.initializer.append(numpy_helper.from_array(np.zeros(len(scales), np.int8), zero))
+        real = add_weight(graph, name, codes, scales, axis=0)
         for node in graph.node:
             for position, read in enumerate(node.input):
                 if read == name:
                     node.input[position] = real
-        graph.node.append(
-            helper.make_node(
-                "DequantizeLinear", [code, scale, zero], [real], f"{name}_DequantizeLinear", axis=0
-            )
-        )
     return len(parameters.weight_scales)
 
 
-def _sort(graph: onnx.GraphProto) -> None:
-    """Topological order, which the appended nodes broke."""
-    ready = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
-    waiting, ordered = list(graph.node), []
-    while waiting:
-        now = [node for node in waiting if all(name in ready for name in node.input)]
-        if not now:
-            raise ParityError(f"the lowered graph has a cycle near {waiting[0].name}")
-        ordered += now
-        ready |= {name for node in now for name in node.output}
-        done = {id(node) for node in now}
-        waiting = [node for node in waiting if id(node) not in done]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
-    del graph.node[:]
-    graph.node.extend(copies)
-
-
 def _assert_counts(graph: onnx.GraphProto, activations: int, weights: int) -> None:
-    count = {
-        kind: sum(node.op_type == kind for node in graph.node) for kind in {n.op_type for n in graph.node}
-    }
-    expected = {
-        "QuantizeLinear": activations,
-        "DequantizeLinear": activations + weights,
-        "BatchNormalization": 0,
-    }
-    for kind, number in expected.items():
-        if count.get(kind, 0) != number:
-            raise ParityError(f"the lowered graph has {count.get(kind, 0)} {kind} nodes, expected {number}")
+    assert_counts(
+        graph,
+        {
+            "QuantizeLinear": activations,
+            "DequantizeLinear": activations + weights,
+            "BatchNormalization": 0,
+        },
+    )
+    count = count_kinds(graph)
     compute = sum(count.get(kind, 0) for kind in ("Conv", "Gemm", "MatMul"))
     if compute < weights:
         raise ParityError(

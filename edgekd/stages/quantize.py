@@ -27,6 +27,7 @@ from edgekd.quantize.fakequant import (
     parameters_of,
 )
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
+from edgekd.selection import farthest_first, softmax
 from edgekd.stages.bench import Bench
 from edgekd.stages.search import quantize_mode
 from edgekd.tasks.classification import accuracy, normalise, to_tensor
@@ -105,12 +106,21 @@ def run(bench: Bench) -> dict[str, Any]:
 
 
 def _calibration_batches(bench: Bench) -> list[torch.Tensor]:
-    """Training images without augmentation, drawn evenly from all classes and those without a label."""
-    count = min(bench.recipe.quantize.calibration_images, len(bench.labels))
+    """Training images without augmentation: drawn evenly from all classes and those without a label, at
+    random, or spread over the teacher's probabilities."""
+    recipe = bench.recipe.quantize
+    count = min(recipe.calibration_images, len(bench.labels))
     order = torch.randperm(len(bench.labels), generator=torch.Generator().manual_seed(bench.recipe.seed))
-    by_class = [order[bench.labels[order] == label] for label in range(-1, len(bench.spec.classes))]
-    rounds = [part[i] for i in range(max(map(len, by_class))) for part in by_class if i < len(part)]
-    images = to_tensor(bench.training.images[torch.stack(rounds[:count]).numpy()])
+    if recipe.calibration_choice == "stratified":
+        by_class = [order[bench.labels[order] == label] for label in range(-1, len(bench.spec.classes))]
+        turns = [part[i] for i in range(max(map(len, by_class))) for part in by_class if i < len(part)]
+        order = torch.stack(turns)
+    elif recipe.calibration_choice == "coverage":  # as PCoreSet does, among four times as many
+        order = order[: 4 * count]
+        pixels = normalise(to_tensor(bench.training.images[order.numpy()]), bench.spec.preprocessing)
+        likely = softmax(bench.teacher.logits(pixels).numpy())
+        order = order[torch.from_numpy(farthest_first(likely, likely[:0], count)[0])]
+    images = to_tensor(bench.training.images[order[:count].numpy()])
     return list(torch.split(normalise(images, bench.spec.preprocessing), 128))
 
 

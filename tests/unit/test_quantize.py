@@ -31,6 +31,7 @@ from edgekd.quantize.fakequant import (
     parameters_of,
 )
 from edgekd.quantize.lower import lower
+from edgekd.quantize.qdq import add_pair
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.stages.export import _check
@@ -434,7 +435,7 @@ def test_a_wrong_number_in_the_float_file_is_noticed(case: Case, tmp_path: Path)
 
 
 def test_a_lost_pair_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lowering._add_pair
+    real = add_pair
     calls: list[str] = []
 
     def forgetful(graph: onnx.GraphProto, source: str, dequantized: str, grid: Grid, signed: bool) -> None:
@@ -444,7 +445,7 @@ def test_a_lost_pair_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             graph.node.append(onnx.helper.make_node("Identity", [source], [dequantized]))
 
-    monkeypatch.setattr(lowering, "_add_pair", forgetful)
+    monkeypatch.setattr(lowering, "add_pair", forgetful)
     with pytest.raises(ParityError, match="QuantizeLinear nodes, expected"):
         lowered(case, SCHEMES["symmetric"], "int8")
 

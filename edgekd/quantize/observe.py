@@ -1,0 +1,104 @@
+"""What the tensors of an ONNX graph hold on real samples: ranges and histograms, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from edgekd.backends.onnxruntime import OnnxRuntimeBackend
+from edgekd.errors import DataError
+from edgekd.quantize.calibrators import BINS, calibrator
+from edgekd.quantize.places import Places, asymmetric_grid
+from edgekd.quantize.samples import Feeds
+from edgekd.quantize.scheme import Grid, QuantScheme
+
+_NOTHING = 1e-6  # the narrowest range of a histogram
+Batches = Callable[[], Iterable[Feeds]]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Of all values of one tensor: the range, and a histogram over it."""
+
+    low: float
+    high: float
+    histogram: NDArray[np.float64]
+
+
+def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
+    """The graph with these tensors, and nothing else, as outputs."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    del made.graph.output[:]
+    fed = {value.name for value in made.graph.input}
+    made.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in tensors if name not in fed
+    )
+    if not made.graph.output:  # only inputs were asked for: ONNX Runtime wants one output
+        made.graph.output.extend(model.graph.output[:1])
+    return made
+
+
+def observe(model: onnx.ModelProto, tensors: list[str], batches: Batches) -> dict[str, Observation]:
+    """Two streaming passes over the batches: ranges, then histograms.
+
+    Raises:
+        DataError: a tensor holds NaN or infinity; names the operator that makes it.
+    """
+    session = OnnxRuntimeBackend().open_graph(with_outputs(model, tensors).SerializeToString())
+    low, high = dict.fromkeys(tensors, np.inf), dict.fromkeys(tensors, -np.inf)
+    for feeds in batches():
+        seen = feeds | session.run(feeds)
+        for name in tensors:
+            values = seen[name]
+            if not values.size:
+                continue
+            first, last = float(values.min()), float(values.max())
+            if not np.isfinite((first, last)).all():
+                raise DataError(*_not_finite(model, name, feeds))
+            low[name], high[name] = min(low[name], first), max(high[name], last)
+    reach = {name: max(high[name], low[name] + _NOTHING) for name in tensors}
+    histograms = {name: np.zeros(BINS) for name in tensors}
+    for feeds in batches():
+        seen = feeds | session.run(feeds)
+        for name in tensors:
+            histograms[name] += np.histogram(seen[name], BINS, (low[name], reach[name]))[0]
+    return {name: Observation(low[name], reach[name], histograms[name]) for name in tensors}
+
+
+def _not_finite(model: onnx.ModelProto, tensor: str, feeds: Feeds) -> tuple[str, str]:
+    bad = [
+        name for name, values in feeds.items() if values.dtype.kind == "f" and not np.isfinite(values).all()
+    ]
+    if bad:
+        return f"calibration: the input '{bad[0]}' holds NaN or infinity", "clean the samples"
+    node = next((node for node in model.graph.node if tensor in node.output), None)
+    made = f"{node.op_type} '{node.name}'" if node is not None else "the input"
+    return (
+        f"calibration: the tensor '{tensor}', made by {made}, holds NaN or infinity, in the float model",
+        "check the preprocessing (--mean, --std, --scale) and the model itself",
+    )
+
+
+def grids_of(
+    observed: dict[str, Observation], places: Places, scheme: QuantScheme, method: str
+) -> dict[str, Grid]:
+    """A grid for each activation that can be quantized. A tensor that is always 0 gets the range 0 to 1: any
+    scale holds it, and a tiny one would push the next layer's bias, which runtimes store in steps of input
+    scale times weight scale, out of 32 bits."""
+    choose = calibrator(method)
+    made: dict[str, Grid] = {}
+    for name in places.tensors():
+        root = places.root(name)
+        if root not in made:
+            seen = observed[root]
+            zero = seen.low == 0 and seen.high <= _NOTHING
+            low, high = (0.0, 1.0) if zero else choose(seen.histogram, seen.low, seen.high)
+            made[root] = asymmetric_grid(scheme, low, high)
+        made[name] = made[root]
+    return made

@@ -1,0 +1,168 @@
+"""Post-training quantization of one float graph for one dialect: what is tried, and which try is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from edgekd.backends.macs import compute_nodes
+from edgekd.files import write_bytes
+from edgekd.quantize.observe import Batches, grids_of, observe
+from edgekd.quantize.onnx_file import FloatModel
+from edgekd.quantize.places import Places, find_places, weight_codes, weight_scales
+from edgekd.quantize.reconstruct import reconstruct
+from edgekd.quantize.scheme import QuantScheme
+from edgekd.quantize.sensitivity import Sensitivity, rank, shortest_prefix
+from edgekd.quantize.writing import Codes, Numbers, write_quantized
+
+SIGNED = ("trt-s8sym", "arm-s8")
+_BIAS_STEPS = 2.0**30
+
+
+@dataclass(frozen=True)
+class Judges:
+    """`damage`: a smooth distance of a graph's outputs to the float ones on the samples that choose;
+    `rough` the same on fewer samples; `drop` what the budget limits."""
+
+    damage: Callable[[onnx.ModelProto], float]
+    rough: Callable[[onnx.ModelProto], float]
+    drop: Callable[[onnx.ModelProto], float]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A graph of one dialect. `how`: what it was made with; `floats`: the operators left in float, with what
+    they do alone in `sensitivity`; `tried`: damage of every try by its name."""
+
+    model: onnx.ModelProto
+    dialect: str
+    how: str
+    tried: dict[str, float]
+    floats: tuple[str, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
+
+
+class PostTraining:
+    """All numbers of one graph and one dialect. Trying is cheap once the ranges are known."""
+
+    def __init__(self, model: FloatModel, scheme: QuantScheme, batches: Batches) -> None:
+        self._model, self.scheme, self._batches = model, scheme, batches
+        self.places: Places = find_places(model, scheme)
+        self._observed = observe(
+            model.model, sorted({self.places.root(t) for t in self.places.tensors()}), batches
+        )
+        self._values = model.values
+        self._signed = scheme.dialect in SIGNED
+
+    def numbers(self, calibrator: str) -> Numbers:
+        """Grids by this calibrator, weights rounded to the nearest code."""
+        weights = {}
+        grids = grids_of(self._observed, self.places, self.scheme, calibrator)
+        biases = {node.name: node.input[2] for node in self._model.model.graph.node if len(node.input) > 2}
+        for layer in self.places.layers:
+            scales = weight_scales(self._values[layer.weight], layer, self.scheme.weight_max)
+            bias = self._values.get(biases.get(layer.name, ""))
+            if bias is not None and bias.size == scales.size:  # must fit into the int32 of a runtime
+                smallest = np.abs(bias.ravel()) / (grids[layer.reads[0]].scale * _BIAS_STEPS)
+                scales = np.maximum(scales, smallest).astype(np.float32)
+            codes = weight_codes(self._values[layer.weight], scales, layer, self.scheme.weight_max)
+            weights[layer.weight] = Codes(codes, scales)
+        return Numbers(grids, weights)
+
+    def reconstructed(self, numbers: Numbers) -> Numbers:
+        """The same grids; weights and biases that make up for each other's rounding on the samples."""
+        return reconstruct(self._model, self.places, numbers, self._batches, self.scheme.weight_max)
+
+    def write(self, numbers: Numbers, only: Sequence[str] | None = None) -> onnx.ModelProto:
+        """The graph with the operations `only`, or all, in integers."""
+        return write_quantized(self._model.model, self.places, numbers, signed=self._signed, only=only)
+
+    def best(
+        self, judges: Judges, calibrators: Sequence[str], say: Callable[[str], None]
+    ) -> tuple[Numbers, str, dict[str, float]]:
+        """The numbers with the least damage: a calibrator, with or without reconstruction."""
+        made = {name: self.numbers(name) for name in calibrators}
+        tried = {name: judges.damage(self.write(numbers)) for name, numbers in made.items()}
+        first = min(tried, key=lambda name: tried[name])
+        name = f"{first} + reconstruction"
+        made[name] = self.reconstructed(made[first])
+        tried[name] = judges.damage(self.write(made[name]))
+        kept = min(tried, key=lambda one: tried[one])
+        say("  " + ", ".join(f"{one} {damage:.4g}" for one, damage in tried.items()) + f": {kept} kept")
+        return made[kept], kept, tried
+
+    def sensitivity(
+        self, numbers: Numbers, judges: Judges, step: Callable[[str, int, int], None]
+    ) -> tuple[Sensitivity, ...]:
+        """Damage of each operation alone, in the order of the graph."""
+        macs = self._macs()
+        found = []
+        for number, operation in enumerate(self.places.operations.values()):
+            step("sensitivity", number, len(self.places.operations))
+            alone = judges.rough(self.write(numbers, [operation.name]))
+            found.append(Sensitivity(operation.name, operation.kind, alone, macs.get(operation.name, 0)))
+        step("sensitivity", len(found), len(found))
+        return tuple(found)
+
+    def _macs(self) -> dict[str, int]:
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            path = Path(folder) / "float.onnx"
+            write_bytes(path, self._model.model.SerializeToString())
+            return {node.name: node.macs for node in compute_nodes(path)}
+
+    def mixed(
+        self, numbers: Numbers, judges: Judges, limit: float, sensitivity: Sequence[Sensitivity]
+    ) -> tuple[onnx.ModelProto, tuple[str, ...]] | None:
+        """The graph with the fewest operators in float whose drop is within `limit`; None if none is."""
+        ordered = rank(sensitivity)
+
+        def without(floats: Sequence[str]) -> onnx.ModelProto:
+            left = set(floats)
+            return self.write(numbers, [name for name in self.places.operations if name not in left])
+
+        count = shortest_prefix(ordered[:-1], lambda floats: judges.drop(without(floats)) <= limit)
+        return None if count is None else (without(ordered[:count]), tuple(ordered[:count]))
+
+
+def quantize_graph(
+    model: FloatModel,
+    scheme: QuantScheme,
+    batches: Batches,
+    judges: Judges,
+    limit: float,
+    *,
+    calibrators: Sequence[str],
+    reporter: tuple[Callable[[str], None], Callable[[str, int, int], None]],
+) -> list[Quantized]:
+    """All in integers; and, where that loses more than `limit`, the same with the worst operators in float.
+
+    Raises:
+        DataError: a tensor of the float model is not finite on the samples.
+        UnsupportedModelError: nothing in the graph can be quantized.
+    """
+    work = PostTraining(model, scheme, batches)
+    numbers, how, tried = work.best(judges, calibrators, reporter[0])
+    whole = work.write(numbers)
+    drop = judges.drop(whole)
+    made = [Quantized(whole, scheme.dialect, how, tried)]
+    if drop <= limit:
+        return made
+    rows = work.sensitivity(numbers, judges, reporter[1])
+    mixed = work.mixed(numbers, judges, limit, rows)
+    if mixed is not None:
+        reporter[0](
+            f"  {scheme.dialect}: all in int8 loses {drop:.2f} points (limit {limit:g}); "
+            f"{len(mixed[1])} of {len(rows)} operators stay float: {', '.join(mixed[1][:6])}"
+            + (" ..." if len(mixed[1]) > 6 else "")
+        )
+        made.append(Quantized(mixed[0], scheme.dialect, how, tried, mixed[1], rows))
+    else:
+        reporter[0](f"  {scheme.dialect}: no choice of float operators keeps within {limit:g} points")
+        made[0] = Quantized(whole, scheme.dialect, how, tried, (), rows)
+    return made

@@ -1,0 +1,112 @@
+"""From a float ONNX graph, grids and weight codes to the QDQ graph that a runtime executes in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from edgekd.quantize.places import Places
+from edgekd.quantize.qdq import add_pair, add_weight, assert_counts, count_kinds, sort_nodes
+from edgekd.quantize.scheme import Grid
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Integers of one weight in its own layout, and a scale for each output channel."""
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+
+@dataclass
+class Numbers:
+    """What is written: grids of activations, codes of weights by tensor name, and changed float tensors."""
+
+    grids: dict[str, Grid]
+    weights: dict[str, Codes]
+    floats: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+def write_quantized(
+    model: onnx.ModelProto,
+    places: Places,
+    numbers: Numbers,
+    *,
+    signed: bool,
+    only: Iterable[str] | None = None,
+    activations: bool = True,
+) -> onnx.ModelProto:
+    """The QDQ graph with the operations `only` (all by default) in integers; the others compute in float.
+
+    Args:
+        signed: store activations as int8; real values are the same as in uint8.
+        activations: False quantizes weights alone.
+
+    Raises:
+        ParityError: the numbers of Q and DQ nodes are not those that were written.
+    """
+    chosen = list(places.operations) if only is None else list(only)
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    del graph.value_info[:]
+    _set_floats(graph, numbers.floats)
+    before = count_kinds(graph)
+    tensors = places.tensors(chosen) if activations else []
+    for name in tensors:
+        _quantize_activation(graph, name, numbers.grids[name].shifted(signed), signed)
+    written = 0
+    for operation in (places.operations[name] for name in chosen):
+        if operation.weight:
+            written += _quantize_weight(graph, operation.name, operation.weight, operation.axis, numbers)
+    sort_nodes(graph)
+    assert_counts(
+        graph,
+        {
+            "QuantizeLinear": before.get("QuantizeLinear", 0) + len(tensors),
+            "DequantizeLinear": before.get("DequantizeLinear", 0) + len(tensors) + written,
+        },
+    )
+    return made
+
+
+def _set_floats(graph: onnx.GraphProto, floats: dict[str, NDArray[np.float32]]) -> None:
+    for tensor in graph.initializer:
+        if tensor.name in floats:
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(floats[tensor.name]), tensor.name))
+
+
+def _quantize_activation(graph: onnx.GraphProto, tensor: str, grid: Grid, signed: bool) -> None:
+    source, dequantized = tensor, f"{tensor}_dequantized"
+    if any(value.name == tensor for value in graph.output):  # an output keeps its name
+        source, dequantized = f"{tensor}_float", tensor
+        for node in graph.node:
+            for position, name in enumerate(node.output):
+                if name == tensor:
+                    node.output[position] = source
+    else:
+        for node in graph.node:
+            for position, name in enumerate(node.input):
+                if name == tensor:
+                    node.input[position] = dequantized
+    add_pair(graph, source, dequantized, grid, signed)
+
+
+def _quantize_weight(graph: onnx.GraphProto, node_name: str, weight: str, axis: int, numbers: Numbers) -> int:
+    """Returns how many DequantizeLinear nodes were added: one, or none where another layer added it."""
+    node = next(node for node in graph.node if node.name == node_name)
+    real = f"{weight}_dequantized"
+    if any(real in other.output for other in graph.node):
+        node.input[1] = real
+        return 0
+    held = numbers.weights[weight]
+    node.input[1] = add_weight(graph, weight, held.codes, held.scales, axis)
+    if not any(weight in other.input for other in graph.node):
+        stored = next(tensor for tensor in graph.initializer if tensor.name == weight)
+        graph.initializer.remove(stored)
+    return 1

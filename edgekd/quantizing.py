@@ -1,0 +1,87 @@
+"""`edgekd quantize MODEL.onnx`: from the options of the command to the candidates' table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekd.console import Console
+from edgekd.errors import UsageError
+
+# Options of the stage `quantize` that mean nothing for a file.
+_OF_A_RUN = ("teacher", "weights", "student", "student_weights", "method", "skip_bad")
+
+
+def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: list[float]) -> None:
+    """Run the command for a file and print its table.
+
+    Raises:
+        UsageError: an option of a run was given, or no samples.
+    """
+    from edgekd.quantize.samples import Pixels
+    from edgekd.recipe import load_recipe, parse_override
+    from edgekd.stages.quantize_file import Wanted, quantize_file
+    from edgekd.target import find_target
+
+    wrong = [f"--{name.replace('_', '-')}" for name in _OF_A_RUN if given[name] is not None]
+    if wrong:
+        raise UsageError(
+            f"{', '.join(wrong)}: not an option of `edgekd quantize MODEL.onnx`",
+            "without a file, `edgekd quantize` runs the stages of a student up to quantization",
+        )
+    if not given["data"]:
+        raise UsageError(
+            f"quantize {model}: no samples to calibrate with",
+            "--data FOLDER of images, or --data FILE.npz with one array for each input of the model",
+        )
+    recipe = load_recipe(given["recipe_file"], dict(parse_override(text) for text in given["settings"]))
+    target = find_target(given["target"] or recipe.target)
+    quantize = recipe.quantize
+    default = quantize.calibrator == type(quantize)().calibrator
+    calibrators = ("mse", "min-max", "percentile") if default else (quantize.calibrator,)
+    wanted = Wanted(
+        model,
+        target,
+        given["data"],
+        given["out"] or Path("runs") / f"{model.stem}-{given['target'] or recipe.target}",
+        Pixels(tuple(mean), tuple(std), given["image_size"] or 0),
+        calibrators,
+        quantize.calibration_images,
+        quantize.calibration_choice,
+        given["max_drop"],
+        given["max_latency_ms"],
+        given["max_size_mib"],
+        int(given["weights_only"] or 0),
+        given["threads"] or recipe.profile.threads,
+        recipe.seed if given["seed"] is None else given["seed"],
+    )
+    with Console() as console:
+        console.say(f"target {target.id}, folder {wanted.folder}")
+        record = quantize_file(wanted, console)
+        _print(record, console)
+    if given["as_json"]:
+        click.echo(json.dumps(record, default=str))
+
+
+def _print(record: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "candidate", "lost", "int8 MACs", "CPU ms", "MiB", ""):
+        table.add_column(name, justify="left" if name in ("", "candidate") else "right")
+    for row in record["candidates"]:
+        told = [
+            "-" if value is None else form.format(value)
+            for value, form in (
+                (row["drop"], "{:.2f}"),
+                (row["int8_coverage_macs"] and 100 * row["int8_coverage_macs"], "{:.0f} %"),
+                (row["cpu_p50_ms"], "{:.3g}"),
+                (row["size_mib"], "{:.3g}"),
+            )
+        ]
+        table.add_row("*" if row["id"] == record["chosen"] else "", row["id"], *told, row["reason"][:60])
+    console.console.print(table)
+    console.say(f"kept: {record['kept']} ({record['reason']})")

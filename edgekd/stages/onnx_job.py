@@ -1,0 +1,207 @@
+"""What the quantization of an ONNX file works on: the model, its samples in three parts, how it is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgekd.backends import backend
+from edgekd.backends.onnxruntime import OnnxRuntimeBackend
+from edgekd.errors import BackendError, DataError
+from edgekd.files import write_bytes
+from edgekd.quantize.onnx_file import FloatModel
+from edgekd.quantize.quality import Kind, Quality, divergence, judge, kind_of_output
+from edgekd.quantize.samples import Feeds, Samples, digest
+from edgekd.run import Reporter
+from edgekd.selection import farthest_first, softmax
+
+Array = NDArray[np.float32]
+_BATCH = 16
+_CHOOSE_SECONDS, _REPORT_SECONDS, _ROUGH_SECONDS = 3.0, 20.0, 0.4  # of the float model, for each look
+CHOICES = ("stratified", "random", "coverage")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of samples: `calibration` fits, `choice` decides between tries, `report` is looked at once."""
+
+    calibration: NDArray[np.int64]
+    choice: NDArray[np.int64]
+    report: NDArray[np.int64]
+    overlap: bool
+
+
+@dataclass
+class Job:
+    """One file, one set of samples, one folder for what is made."""
+
+    model: FloatModel
+    samples: Samples
+    folder: Path
+    reporter: Reporter
+    seed: int
+    calibration_images: int
+    choice: str = "stratified"
+
+    @property
+    def batch_size(self) -> int:
+        return self.model.batch or _BATCH
+
+    def batches(self, rows: NDArray[np.int64]) -> Iterator[Feeds]:
+        """The inputs of these rows; a file with a fixed batch gets exactly so many samples a call."""
+        if not self.samples.whole_calls and self.model.batch:
+            rows = rows[: len(rows) // self.model.batch * self.model.batch]
+        yield from self.samples.batches(rows, self.batch_size)
+
+    def outputs(self, model: onnx.ModelProto, rows: NDArray[np.int64]) -> Array:
+        """The first output on ONNX Runtime, optimised, of these rows."""
+        session = OnnxRuntimeBackend().open_graph(model.SerializeToString(), optimize=True)
+        first = self.model.outputs[0].name
+        return np.concatenate([session.run(feeds)[first] for feeds in self.batches(rows)])
+
+    def outputs_on(self, path: Path, runtime: str, precision: str, rows: NDArray[np.int64]) -> Array:
+        """The first output of a file on a runtime.
+
+        Raises:
+            BackendError: the runtime refuses the file.
+        """
+        session = backend(runtime).open(path, precision=precision)
+        return np.concatenate([session.run(feeds) for feeds in self.batches(rows)])
+
+    @cached_property
+    def float_path(self) -> Path:
+        path = self.folder / "float.onnx"
+        write_bytes(path, self.model.model.SerializeToString())
+        return path
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Three parts without overlap where there are enough samples.
+
+        Raises:
+            DataError: fewer samples than one call of a file with a fixed batch needs.
+        """
+        if not self.samples.whole_calls and self.samples.count < (self.model.batch or 1):
+            raise DataError(
+                f"{self.samples.source}: {self.samples.count} samples; the file has a fixed batch of "
+                f"{self.model.batch}"
+            )
+        order = np.random.default_rng(self.seed).permutation(self.samples.count).astype(np.int64)
+        seconds = self._seconds_of_one(order)
+        most = {what: max(self.batch_size, int(limit / seconds)) for what, limit in
+                (("choice", _CHOOSE_SECONDS), ("report", _REPORT_SECONDS))}  # fmt: skip
+        third = len(order) // 3
+        if third < 2 * self.batch_size and third < 32:
+            every = np.sort(order)
+            return Parts(every[: self.calibration_images], every[: most["choice"]], every, True)
+        calibration = self._calibration(order[:third] if self.choice == "random" else order[: 2 * third])
+        rest = order[~np.isin(order, calibration)]
+        half = min(len(rest) // 2, most["choice"], 512)
+        return Parts(calibration, np.sort(rest[:half]), np.sort(rest[half:][: most["report"]]), False)
+
+    def _calibration(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Half of the rows at most: as they come, evenly by class, or spread over the model's outputs."""
+        count = min(self.calibration_images, max(len(rows) // 2, 2))
+        if self.choice == "coverage":
+            return self._spread(rows[: 4 * count], count)
+        labels = self.samples.labels
+        if self.choice == "random" or labels is None:
+            return np.sort(rows[:count])
+        by_class = [rows[labels[rows] == label] for label in np.unique(labels)]
+        longest = max(map(len, by_class))
+        turns = [part[i] for i in range(longest) for part in by_class if i < len(part)]
+        return np.sort(np.array(turns[:count], np.int64))
+
+    def _spread(self, rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """Farthest first in the model's probability space, as PCoreSet does (`edgekd.selection`)."""
+        logits = self.outputs(self.model.model, rows)
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise DataError(
+                f"calibration by coverage needs a classifier; the first output has shape {logits.shape}",
+                "--set quantize.calibration_choice=random",
+            )
+        chosen, _ = farthest_first(softmax(logits), softmax(logits)[:0], min(count, len(logits)))
+        return np.sort(rows[chosen])
+
+    def _seconds_of_one(self, order: NDArray[np.int64]) -> float:
+        feeds = next(self.batches(order[: self.batch_size]))
+        session = OnnxRuntimeBackend().open_graph(self.model.model.SerializeToString(), optimize=True)
+        session.run(feeds)
+        started = time.process_time()
+        session.run(feeds)
+        count = 1 if self.samples.whole_calls else self.batch_size
+        return max((time.process_time() - started) / count, 1e-5)
+
+    @cached_property
+    def exact(self) -> dict[str, Array]:
+        """The float model's first output on the parts `choice` and `report`.
+
+        Raises:
+            DataError: it is not finite, or no float tensor.
+        """
+        found = {
+            name: self.outputs(self.model.model, getattr(self.parts, name)) for name in ("choice", "report")
+        }
+        for made in found.values():
+            if made.dtype != np.float32 or not np.isfinite(made).all():
+                what = f"{made.dtype}" if made.dtype != np.float32 else "NaN or infinity"
+                raise DataError(
+                    f"the float model's output '{self.model.outputs[0].name}' holds {what} on these samples",
+                    "its first output must be float32 and finite; check the preprocessing (--mean, --std)",
+                )
+        return found
+
+    def labels(self, part: str) -> NDArray[np.int64] | None:
+        """Labels of a part, cut to whole calls as `batches` does; None without labels."""
+        if self.samples.labels is None or self.exact[part].ndim != 2:
+            return None
+        rows: NDArray[np.int64] = getattr(self.parts, part)
+        return self.samples.labels[rows[: len(self.exact[part])]]
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of_output(self.exact["report"], self.labels("report"))
+
+    def quality(self, got: Array, part: str) -> Quality:
+        """What the output `got` of a part loses."""
+        return judge(self.exact[part], got, self.labels(part))
+
+    def damage(self, model: onnx.ModelProto, *, rough: bool = False) -> float:
+        """Divergence on the samples that choose; infinite for a graph that ONNX Runtime refuses."""
+        rows, exact = self.parts.choice, self.exact["choice"]
+        if rough:
+            few = max(self.batch_size, int(_ROUGH_SECONDS / _CHOOSE_SECONDS * len(rows)))
+            rows = rows[:few]
+            exact = exact[: len(rows)]
+        try:
+            got = self.outputs(model, rows)
+        except BackendError:
+            return float("inf")
+        return divergence(exact[: len(got)], got)
+
+    def drop(self, model: onnx.ModelProto) -> float:
+        """Points lost on the samples that choose."""
+        return self.quality(self.outputs(model, self.parts.choice), "choice").drop
+
+    def calibration_facts(self) -> dict[str, Any]:
+        """What the record keeps of the samples."""
+        parts = self.parts
+        return {
+            "source": self.samples.source,
+            "samples": self.samples.count,
+            "choice": self.choice,
+            "calibration": len(parts.calibration),
+            "deciding": len(parts.choice),
+            "reporting": len(parts.report),
+            "overlap": parts.overlap,
+            "labels": self.samples.labels is not None,
+            "sha256": digest(self.samples, parts.calibration, self.batch_size),
+        }

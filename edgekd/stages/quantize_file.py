@@ -1,0 +1,314 @@
+"""`edgekd quantize MODEL.onnx`: candidates of one ONNX file for a target, measured; the best one is kept."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from edgekd.backends import Coverage, backend
+from edgekd.errors import BackendError, InfeasibleBudgetError, MissingExtraError, UnsupportedModelError
+from edgekd.files import write_bytes, write_json
+from edgekd.profiler import Protocol, Variant, environment, measure
+from edgekd.quantize.onnx_file import load_float
+from edgekd.quantize.post_training import Judges, Quantized, quantize_graph
+from edgekd.quantize.quality import DEFAULT_DROP
+from edgekd.quantize.samples import Pixels, load_samples
+from edgekd.quantize.scheme import QuantScheme, scheme_for
+from edgekd.run import Reporter
+from edgekd.stages.onnx_job import Job
+from edgekd.target import Target
+
+RECORD, KEPT = "quantize.json", "model.onnx"
+_ROUNDS = 40
+_UNKNOWN = (
+    "drop", "accuracy", "agreement", "signal_to_noise_db", "int8_coverage_nodes", "int8_coverage_macs",
+    "kernels", "float_layers", "latency_p50_ms", "latency_p90_ms", "cpu_p50_ms",
+)  # fmt: skip
+_TIE = 0.03  # candidates this close in latency are told apart by accuracy, then by size
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller asks for; a budget that is None is no limit, a drop that is None the kind's default."""
+
+    model: Path
+    target: Target
+    data: str
+    folder: Path
+    pixels: Pixels = field(default_factory=Pixels)
+    calibrators: tuple[str, ...] = ("mse", "min-max", "percentile")
+    calibration_images: int = 512
+    calibration_choice: str = "stratified"
+    max_drop: float | None = None
+    max_latency_ms: float | None = None
+    max_size_mib: float | None = None
+    weights_only: int = 0
+    threads: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file on a runtime. `form`: fp32, bf16, int8, mixed, w8, w4; `made`: how it was quantized."""
+
+    id: str
+    form: str
+    path: Path
+    runtime: str
+    precision: str = "f32"
+    made: Quantized | None = None
+
+
+def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
+    """Everything: read, calibrate, try, measure, choose, write. Returns the record (docs/quantize.md).
+
+    Raises:
+        EdgekdError: `UsageError` no such file; `UnsupportedModelError` a model that cannot be quantized;
+            `DataError` samples that do not fit; `InfeasibleBudgetError` no candidate within the budget;
+            `MissingExtraError` no runtime of the target here.
+    """
+    model = load_float(wanted.model)
+    samples = load_samples(wanted.data, model, wanted.pixels)
+    job = Job(
+        model,
+        samples,
+        wanted.folder / "candidates",
+        reporter,
+        wanted.seed,
+        wanted.calibration_images,
+        wanted.calibration_choice,
+    )
+    facts = job.calibration_facts()
+    limit = DEFAULT_DROP[job.kind] if wanted.max_drop is None else wanted.max_drop
+    notes = "".join(f"; {note}" for note in model.notes)
+    reporter.say(
+        f"  {wanted.model.name}: {facts['calibration']} samples calibrate, {facts['deciding']} decide, "
+        f"{facts['reporting']} report; the limit is {limit:g} points of {job.kind}{notes}"
+    )
+    made = _quantized_graphs(job, wanted, limit)
+    candidates = _candidates(job, wanted, made)
+    rows = _measure(job, wanted, candidates)
+    chosen, reason = choose(rows, limit, wanted, quantized=bool(made))
+    by_id = {candidate.id: candidate for candidate in candidates}
+    kept = wanted.folder / KEPT
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(kept, by_id[chosen["id"]].path.read_bytes())
+    shutil.rmtree(job.folder / "latency", ignore_errors=True)
+    record = {
+        "model": {"path": str(wanted.model), "sha256": model.sha256, "notes": list(model.notes)},
+        "target": {"id": wanted.target.id, "dialect": wanted.target.quant.dialect},
+        "calibration": facts,
+        "quality": {"kind": job.kind, "max_drop_points": limit},
+        "candidates": rows,
+        "chosen": chosen["id"],
+        "reason": reason,
+        "kept": str(kept),
+        "tried": {f"{one.dialect}{' mixed' if one.floats else ''}": one.tried for one in made},
+        "float_operators": {one.dialect: list(one.floats) for one in made if one.floats},
+        "sensitivity": {one.dialect: [asdict(s) for s in one.sensitivity] for one in made if one.sensitivity},
+        "environment": environment(),
+    }
+    write_json(wanted.folder / RECORD, record)
+    reporter.say(f"  kept {chosen['id']}: {reason}")
+    return record
+
+
+def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]:
+    """The int8 graphs of each dialect that a runtime of the target reads; none where the card ships float."""
+    scheme = scheme_for(wanted.target)
+    if scheme.dialect == "none":
+        job.reporter.say(f"  the card says that int8 does not pay: {wanted.target.quant.source}")
+        return []
+    judges = Judges(job.damage, lambda model: job.damage(model, rough=True), job.drop)
+    made: list[Quantized] = []
+    for one in _schemes(scheme, wanted.target):
+        job.reporter.say(f"  {one.dialect}: divergence from float by calibrator")
+        made += quantize_graph(
+            job.model,
+            one,
+            lambda: job.batches(job.parts.calibration),
+            judges,
+            limit,
+            calibrators=wanted.calibrators,
+            reporter=(job.reporter.say, job.reporter.step),
+        )
+    return made
+
+
+def _schemes(scheme: QuantScheme, target: Target) -> list[QuantScheme]:
+    """The card's scheme; where OpenVINO runs beside ONNX Runtime, the one that suits it too."""
+    found = [scheme]
+    if scheme.dialect == "x86-u8-relu0" and "openvino" in target.runtime:
+        found.append(replace(scheme, dialect="openvino-u8"))
+    return found
+
+
+def _candidates(job: Job, wanted: Wanted, made: list[Quantized]) -> list[Candidate]:
+    runtimes = [name for name in ("onnxruntime", "openvino") if name in wanted.target.runtime]
+    here = []
+    for name in runtimes or ["onnxruntime"]:
+        try:
+            here.append((name, backend(name).precisions()))
+        except MissingExtraError as error:
+            job.reporter.say(f"  {error.message}")
+    if not here:
+        raise MissingExtraError(
+            f"no runtime of target '{wanted.target.id}' is installed",
+            "python -m pip install 'edgekd[onnxruntime,openvino]'",
+        )
+    found = []
+    for name, precisions in here:
+        found.append(Candidate(f"{name}-fp32", "fp32", job.float_path, name))
+        if "bf16" in precisions:
+            found.append(Candidate(f"{name}-bf16", "bf16", job.float_path, name, "bf16"))
+        for one in made:
+            form = "mixed" if one.floats else "int8"
+            path = job.folder / f"{form}-{one.dialect}.onnx"
+            _save(one.model, path)
+            found.append(Candidate(f"{name}-{form}-{one.dialect}", form, path, name, made=one))
+    if wanted.weights_only:
+        from edgekd.quantize.weight_only import write_weight_only
+
+        path = job.folder / f"w{wanted.weights_only}.onnx"
+        _save(write_weight_only(job.model, wanted.weights_only), path)
+        found += [Candidate(f"{name}-w{wanted.weights_only}", path.stem, path, name) for name, _ in here]
+    return found
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    model.producer_name = "edgekd"
+    write_bytes(path, model.SerializeToString(deterministic=True))
+
+
+def _measure(job: Job, wanted: Wanted, candidates: list[Candidate]) -> list[dict[str, Any]]:
+    """Quality on the samples that report, coverage, size and interleaved latency of each candidate."""
+    rows: dict[str, dict[str, Any]] = {}
+    for number, one in enumerate(candidates):
+        job.reporter.step("measure candidates", number, len(candidates) + 1)
+        row: dict[str, Any] = {
+            "id": one.id,
+            "form": one.form,
+            "runtime": one.runtime,
+            "precision": one.precision,
+            "file": str(one.path),
+            "size_mib": one.path.stat().st_size / 2**20,
+            "how": one.made.how if one.made else "",
+            "float_operators": len(one.made.floats) if one.made else 0,
+            "reason": "",
+        }
+        rows[one.id] = row | dict.fromkeys(_UNKNOWN)
+        try:
+            got = job.outputs_on(one.path, one.runtime, one.precision, job.parts.report)
+            rows[one.id] |= job.quality(got, "report").row()
+            rows[one.id] |= _coverage_row(backend(one.runtime).coverage(one.path, precision=one.precision))
+        except BackendError as error:
+            rows[one.id]["reason"] = error.message
+    _time(job, wanted, [one for one in candidates if not rows[one.id]["reason"]], rows)
+    job.reporter.step("measure candidates", len(candidates) + 1, len(candidates) + 1)
+    return list(rows.values())
+
+
+def _coverage_row(coverage: Coverage) -> dict[str, Any]:
+    kernels: dict[str, int] = {}
+    for layer in coverage.layers:
+        if layer.macs:
+            kernels[f"{layer.op} {layer.precision}"] = kernels.get(f"{layer.op} {layer.precision}", 0) + 1
+    return {
+        "int8_coverage_nodes": coverage.int8_nodes,
+        "int8_coverage_macs": coverage.int8_macs,
+        "kernels": kernels,
+        "float_layers": [
+            {"name": layer.name, "kernel": layer.op, "reason": layer.reason}
+            for layer in coverage.layers
+            if layer.macs and layer.precision != "int8"
+        ],
+    }
+
+
+def _time(job: Job, wanted: Wanted, candidates: list[Candidate], rows: dict[str, dict[str, Any]]) -> None:
+    """Latency of one call with one real sample, all candidates interleaved in one fresh process."""
+    if not candidates:
+        return
+    feeds = next(iter(job.samples.batches(job.parts.report, job.model.batch or 1)))
+    path = job.folder / "latency" / "inputs.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **feeds)  # type: ignore[arg-type] # numpy's stub takes the names for its own options
+    variants = [Variant(c.id, c.runtime, str(c.path.resolve()), c.precision) for c in candidates]
+    protocol = Protocol(wanted.threads, _ROUNDS, 3, wanted.seed)
+    try:
+        found = measure(variants, protocol=protocol, input_shape=str(path.resolve()))
+    except BackendError as error:
+        for one in candidates:
+            rows[one.id]["reason"] = f"not timed: {error.message}"
+        return
+    for name, latency in found.items():
+        rows[name] |= {
+            "latency_p50_ms": latency.wall_p50_ms,
+            "latency_p90_ms": latency.wall_p90_ms,
+            "cpu_p50_ms": latency.cpu_p50_ms,
+        }
+
+
+def choose(
+    rows: list[dict[str, Any]], limit: float, wanted: Wanted, *, quantized: bool
+) -> tuple[dict[str, Any], str]:
+    """The fastest candidate (CPU time of a call) within the budget; of those within 3 % of it the one with
+    the smallest drop, then the smallest file. And why, in words.
+
+    Raises:
+        InfeasibleBudgetError: none is within the budget; names the nearest.
+    """
+    timed = [row for row in rows if row["cpu_p50_ms"] is not None]
+    if not timed:
+        raise UnsupportedModelError(
+            "no runtime here could run and time the model: "
+            + "; ".join(f"{row['id']}: {row['reason']}" for row in rows)
+        )
+    fits = [row for row in timed if not excess(row, limit, wanted)]
+    if not fits:
+        nearest = min(timed, key=lambda row: len(excess(row, limit, wanted)))
+        raise InfeasibleBudgetError(
+            f"no candidate is within the budget; the nearest is {nearest['id']}: "
+            + ", ".join(excess(nearest, limit, wanted)),
+            f"all candidates are in {wanted.folder / 'candidates'}; relax the limit that is named",
+        )
+    fastest = min(row["cpu_p50_ms"] for row in fits)
+    close = [row for row in fits if row["cpu_p50_ms"] <= fastest * (1 + _TIE)]
+    best = min(close, key=lambda row: (round(row["drop"], 2), row["size_mib"], row["cpu_p50_ms"]))
+    plain = min((row["cpu_p50_ms"] for row in timed if row["form"] == "fp32"), default=None)
+    reason = f"{best['cpu_p50_ms']:.3g} ms of CPU a call, {best['drop']:.2f} points lost (limit {limit:g})"
+    if plain is not None and best["form"] != "fp32":
+        reason += f", {plain / best['cpu_p50_ms']:.2f} times as fast as the faster fp32"
+    if best["form"] in ("fp32", "bf16") and quantized:
+        reason += "; " + _why_not_int8(timed, limit, wanted, best)
+    return best, reason
+
+
+def _why_not_int8(timed: list[dict[str, Any]], limit: float, wanted: Wanted, best: dict[str, Any]) -> str:
+    integer = [row for row in timed if row["form"] not in ("fp32", "bf16")]
+    if not integer:
+        return "no int8 candidate ran"
+    quick = min(integer, key=lambda row: row["cpu_p50_ms"])
+    if quick["cpu_p50_ms"] >= best["cpu_p50_ms"]:
+        return f"int8 does not pay here: the fastest, {quick['id']}, takes {quick['cpu_p50_ms']:.3g} ms"
+    return (
+        f"the fastest int8, {quick['id']}, is outside: {', '.join(excess(quick, limit, wanted)) or 'a tie'}"
+    )
+
+
+def excess(row: dict[str, Any], limit: float, wanted: Wanted) -> list[str]:
+    """Which limits a measured candidate breaks, in words."""
+    found = []
+    if row["drop"] > limit:
+        found.append(f"{row['drop']:.2f} points lost, at most {limit:g}")
+    latency = row["latency_p50_ms"]
+    if wanted.max_latency_ms is not None and latency is not None and latency > wanted.max_latency_ms:
+        found.append(f"{latency:.3g} ms, at most {wanted.max_latency_ms:g}")
+    if wanted.max_size_mib is not None and row["size_mib"] > wanted.max_size_mib:
+        found.append(f"{row['size_mib']:.3g} MiB, at most {wanted.max_size_mib:g}")
+    return found

@@ -1,0 +1,348 @@
+"""`edgekd quantize MODEL.onnx`: any float file in, measured candidates out, and errors that help."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekd.backends import backend
+from edgekd.cli import cli
+from edgekd.errors import DataError, EdgekdError, InfeasibleBudgetError, UnsupportedModelError, UsageError
+from edgekd.quantize.onnx_file import load_float
+from edgekd.quantize.post_training import PostTraining
+from edgekd.quantize.quality import divergence, judge
+from edgekd.quantize.samples import Pixels, digest, load_samples
+from edgekd.quantize.scheme import scheme_for
+from edgekd.quantize.weight_only import write_weight_only
+from edgekd.run import Silent
+from edgekd.stages.onnx_job import Job
+from edgekd.stages.quantize_file import RECORD, Wanted, quantize_file
+from edgekd.target import find_target
+
+from .file_models import CLASSES, SIZE, attention, cnn, pictures, save_model, store_pictures
+
+pytestmark = pytest.mark.backends
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+def floats(path: Path, rows: int = 64) -> np.ndarray:
+    images = pictures(rows).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    return backend("onnxruntime").open(path).run(np.ascontiguousarray(images))
+
+
+def wanted(folder: Path, model: Path, data: Path, target: str = "x86", **more: Any) -> Wanted:
+    return Wanted(model, find_target(target), str(data), folder / "out", **more)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def _broken(folder: Path, what: str) -> Path:
+    good = cnn(folder / "good.onnx")
+    model = onnx.load(good)
+    path = folder / "bad.onnx"
+    if what == "missing":
+        return folder / "nowhere.onnx"
+    if what == "text":
+        path.write_text("this is no model")
+        return path
+    if what == "quantized":
+        model.graph.node.append(helper.make_node("QuantizeLinear", ["y", "fc.b"], ["z"], "late_q"))
+    if what == "half":
+        model.graph.initializer[0].CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(model.graph.initializer[0]).astype("f2"), "stem.w")
+        )
+    if what == "external":
+        onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+        (folder / "weights.bin").unlink()
+        return path
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "told"),
+    [
+        ("missing", UsageError, "no such file"),
+        ("text", UnsupportedModelError, "not an ONNX model"),
+        ("quantized", UnsupportedModelError, "already quantized: 1 nodes of QuantizeLinear.*late_q"),
+        ("half", UnsupportedModelError, "float16"),
+        ("external", UnsupportedModelError, "further files"),
+    ],
+)
+def test_a_file_that_cannot_be_quantized_says_why_and_what_to_do(
+    tmp_path: Path, what: str, error: type[EdgekdError], told: str
+) -> None:
+    with pytest.raises(error, match=told) as caught:
+        load_float(_broken(tmp_path, what))
+    assert caught.value.hint
+
+
+def test_a_graph_without_layers_names_what_it_holds(tmp_path: Path) -> None:
+    path = save_model([helper.make_node("Sigmoid", ["x"], ["y"], "only")], {}, tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedModelError, match="it holds Sigmoid"):
+        PostTraining(load_float(path), scheme_for(find_target("x86")), lambda: iter(()))
+
+
+def test_external_weights_are_read(tmp_path: Path) -> None:
+    model = onnx.load(cnn(tmp_path / "good.onnx"))
+    onnx.save(model, tmp_path / "ext.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    got, exact = load_float(tmp_path / "ext.onnx").values, load_float(tmp_path / "good.onnx").values
+    assert all(np.array_equal(got[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("opset", [11, 24])
+def test_an_opset_outside_is_brought_inside_with_the_same_outputs(tmp_path: Path, opset: int) -> None:
+    loaded = load_float(cnn(tmp_path / "m.onnx", opset=opset))
+    assert 13 <= loaded.model.opset_import[0].version <= 22
+    assert loaded.notes == (f"opset {opset} became {13 if opset == 11 else 22}",)
+    onnx.save(loaded.model, tmp_path / "in.onnx")
+    np.testing.assert_allclose(floats(tmp_path / "in.onnx"), floats(tmp_path / "m.onnx"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"z": np.zeros((4, 2), "f4")}, "the model reads x float32"),
+        ({"x": np.zeros((1, 3, SIZE, SIZE), "f4")}, "needs at least two"),
+        ({"x": np.zeros((8, 1, SIZE, SIZE), "f4")}, "the model reads float32"),
+        ({"images": np.zeros((8, 5, 5, 3), np.uint8)}, "images of shape"),
+        ({"x": np.zeros((8, 3, SIZE, SIZE), "f4"), "labels": np.zeros(3, np.int64)}, "one integer for each"),
+    ],
+)
+def test_samples_that_do_not_fit_say_what_the_model_reads(
+    tmp_path: Path, arrays: dict[str, np.ndarray], told: str
+) -> None:
+    np.savez(tmp_path / "d.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=told):
+        load_samples(str(tmp_path / "d.npz"), load_float(cnn(tmp_path / "m.onnx")), Pixels())
+
+
+def test_nan_in_calibration_names_the_operator_that_makes_it(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Sqrt", ["x"], ["r"], "root"),
+        helper.make_node("Conv", ["r", "w"], ["y"], "conv"),
+    ]
+    weights = {"w": np.ones((2, 3, 1, 1), "f4")}
+    model = load_float(save_model(nodes, weights, tmp_path / "m.onnx"))
+    batch = {"x": np.full((2, 3, SIZE, SIZE), -1, "f4")}
+    with pytest.raises(DataError, match="made by Sqrt 'root', holds NaN"):
+        PostTraining(model, scheme_for(find_target("x86")), lambda: iter([batch]))
+    batch["x"][:] = np.inf
+    with pytest.raises(DataError, match="the input 'x' holds NaN or infinity"):
+        PostTraining(model, scheme_for(find_target("x86")), lambda: iter([batch]))
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def _post_training(path: Path, target: str = "x86") -> PostTraining:
+    model = load_float(path)
+    images = pictures(64, seed=3).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    return PostTraining(model, scheme_for(find_target(target)), lambda: iter([{"x": images}]))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("target", ["x86", "rpi5", "jetson"])
+def test_every_dialect_computes_the_float_model_on_both_runtimes(
+    tmp_path: Path, runtime: str, target: str
+) -> None:
+    if target == "rpi5" and runtime == "openvino":
+        pytest.skip("arm-s8 has int8 zero points, which OpenVINO does not take (docs/quantize.md)")
+    work = _post_training(cnn(tmp_path / "m.onnx"), target)
+    onnx.save(work.write(work.numbers("mse")), tmp_path / "q.onnx")
+    images = pictures(64).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    got = backend(runtime).open(tmp_path / "q.onnx").run(np.ascontiguousarray(images))
+    assert judge(floats(tmp_path / "m.onnx"), got, None).signal_to_noise_db > 25
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_all_layers_of_a_cnn_run_in_integer_kernels(tmp_path: Path, runtime: str) -> None:
+    work = _post_training(cnn(tmp_path / "m.onnx"))
+    onnx.save(work.write(work.numbers("mse")), tmp_path / "q.onnx")
+    coverage = backend(runtime).coverage(tmp_path / "q.onnx")
+    assert (coverage.int8_nodes, coverage.int8_macs) == (1.0, 1.0)
+
+
+def test_a_dead_channel_and_a_constant_tensor_get_a_scale_above_zero(tmp_path: Path) -> None:
+    model = onnx.load(cnn(tmp_path / "m.onnx"))
+    for tensor in model.graph.initializer:
+        if tensor.name in ("body1.w", "body1.b"):
+            values = numpy_helper.to_array(tensor).copy()
+            values[:] = 0 if tensor.name == "body1.w" else -1  # its ReLU gives 0 everywhere
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "dead.onnx")
+    work = _post_training(tmp_path / "dead.onnx")
+    numbers = work.reconstructed(work.numbers("mse"))
+    assert all(grid.scale > 0 for grid in numbers.grids.values())
+    assert all((codes.scales > 0).all() for codes in numbers.weights.values())
+    onnx.save(work.write(numbers), tmp_path / "q.onnx")
+    assert judge(floats(tmp_path / "dead.onnx"), floats(tmp_path / "q.onnx"), None).signal_to_noise_db > 20
+
+
+def test_reconstruction_beats_rounding_to_the_nearest_at_four_bits(tmp_path: Path) -> None:
+    model = load_float(cnn(tmp_path / "m.onnx"))
+    images = pictures(64, seed=3).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    scheme = replace(scheme_for(find_target("x86")), weight_max=7)
+    work = PostTraining(model, scheme, lambda: iter([{"x": images}]))
+    nearest = work.numbers("min-max")
+    damage = []
+    for numbers in (nearest, work.reconstructed(nearest)):
+        onnx.save(work.write(numbers), tmp_path / "q.onnx")
+        damage.append(divergence(floats(tmp_path / "m.onnx"), floats(tmp_path / "q.onnx")))
+    assert damage[1] < 0.5 * damage[0]
+
+
+def test_one_layer_that_breaks_accuracy_is_found_and_left_in_float(tmp_path: Path) -> None:
+    """Values of 1 to 1000000 beside values around 1 cannot share a grid of 256 steps."""
+    draw = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "a.w"], ["a"], "good", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["ar"], "relu"),
+        helper.make_node("Mul", ["ar", "spread"], ["wide"], "spread"),
+        helper.make_node("Conv", ["wide", "b.w"], ["b"], "hard"),
+        helper.make_node("GlobalAveragePool", ["b"], ["p"], "pool"),
+        helper.make_node("Flatten", ["p"], ["f"], "flat"),
+        helper.make_node("Gemm", ["f", "c.w"], ["y"], "head"),
+    ]
+    spread = np.ones((1, 8, 1, 1), "f4")
+    spread[0, 0] = 1e6
+    weights = {
+        "a.w": draw.standard_normal((8, 3, 3, 3)).astype("f4"), "spread": spread,
+        "b.w": (draw.standard_normal((8, 8, 1, 1)) / spread).astype("f4"),
+        "c.w": draw.standard_normal((8, CLASSES)).astype("f4"),
+    }  # fmt: skip
+    path = save_model(nodes, weights, tmp_path / "m.onnx")
+    # Constant folding would merge the factor into the first convolution, as it should: keep it apart.
+    model = onnx.load(path)
+    model.graph.output.append(helper.make_tensor_value_info("ar", TensorProto.FLOAT, None))
+    onnx.save(model, path)
+    record = quantize_file(wanted(tmp_path, path, store_pictures(tmp_path / "d.npz")), Silent())
+    alone = {row["name"]: row["damage"] for row in record["sensitivity"]["x86-u8-relu0"]}
+    assert max(alone, key=lambda name: alone[name]) == "hard"
+    assert "hard" in record["float_operators"]["x86-u8-relu0"]
+    assert "head" not in record["float_operators"]["x86-u8-relu0"]
+    drops = {row["id"]: row["drop"] for row in record["candidates"]}
+    assert drops["onnxruntime-mixed-x86-u8-relu0"] <= 3 < drops["onnxruntime-int8-x86-u8-relu0"]
+
+
+def test_the_record_tells_what_was_measured_and_the_kept_file_is_the_chosen_one(tmp_path: Path) -> None:
+    job = wanted(tmp_path, cnn(tmp_path / "m.onnx"), store_pictures(tmp_path / "d.npz"))
+    record = quantize_file(job, Silent())
+    assert record == json.loads((job.folder / RECORD).read_text())
+    chosen = next(row for row in record["candidates"] if row["id"] == record["chosen"])
+    assert Path(record["kept"]).read_bytes() == Path(chosen["file"]).read_bytes()
+    assert {row["form"] for row in record["candidates"]} >= {"fp32", "int8"}
+    assert all(row["cpu_p50_ms"] > 0 for row in record["candidates"])
+    integer = next(row for row in record["candidates"] if row["id"] == "onnxruntime-int8-x86-u8-relu0")
+    assert integer["kernels"] == {"QLinearConv int8": 3, "QGemm int8": 1}
+    again = load_samples(str(tmp_path / "d.npz"), load_float(job.model), Pixels())
+    assert again.count == record["calibration"]["samples"] == 120
+
+
+def test_the_digest_knows_the_pixels_and_the_preprocessing(tmp_path: Path) -> None:
+    model, data = load_float(cnn(tmp_path / "m.onnx")), str(store_pictures(tmp_path / "d.npz"))
+    rows = np.arange(20)
+    plain, same, shifted = (
+        digest(load_samples(data, model, Pixels(mean=mean)), rows, size)
+        for mean, size in (((), 7), ((), 20), ((0.5, 0.5, 0.5), 7))
+    )
+    assert plain == same != shifted
+
+
+def test_no_candidate_within_the_budget_names_the_nearest(tmp_path: Path) -> None:
+    job = wanted(tmp_path, cnn(tmp_path / "m.onnx"), store_pictures(tmp_path / "d.npz"), max_size_mib=0.0001)
+    with pytest.raises(InfeasibleBudgetError, match=r"MiB, at most 0\.0001"):
+        quantize_file(job, Silent())
+    assert not (job.folder / "model.onnx").exists()
+
+
+def test_a_fixed_batch_is_kept_and_filled(tmp_path: Path) -> None:
+    path = cnn(tmp_path / "m.onnx", shape=(8, 3, SIZE, SIZE))
+    model = load_float(path)
+    samples = load_samples(str(store_pictures(tmp_path / "d.npz")), model, Pixels())
+    job = Job(model, samples, tmp_path / "out", Silent(), 0, 64)
+    sizes = {len(feeds["x"]) for feeds in job.batches(np.arange(30))}
+    assert sizes == {8}
+    assert len(job.exact["report"]) % 8 == 0
+
+
+@pytest.mark.parametrize("choice", ["random", "stratified", "coverage"])
+def test_the_three_parts_share_no_sample_and_a_seed_repeats_them(tmp_path: Path, choice: str) -> None:
+    labels = np.arange(120) % CLASSES
+    model = load_float(cnn(tmp_path / "m.onnx"))
+    samples = load_samples(str(store_pictures(tmp_path / "d.npz", labels=labels)), model, Pixels())
+    first, again = (Job(model, samples, tmp_path, Silent(), 5, 40, choice).parts for _ in range(2))
+    parts = (first.calibration, first.choice, first.report)
+    assert sum(map(len, parts)) == len(np.unique(np.concatenate(parts)))
+    assert np.array_equal(first.calibration, again.calibration) and len(first.calibration) >= 20
+    if choice == "stratified":
+        assert set(np.bincount(labels[first.calibration])) == {10}
+
+
+# ---------------------------------------------------------------- transformers and weights alone
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_transformer_keeps_norms_softmax_and_residuals_in_float(tmp_path: Path, runtime: str) -> None:
+    model = load_float(attention(tmp_path / "m.onnx"))
+    tokens = np.random.default_rng(0).standard_normal((64, 8, 32)).astype("f4")
+    work = PostTraining(model, scheme_for(find_target("x86")), lambda: iter([{"x": tokens}]))
+    assert {operation.kind for operation in work.places.operations.values()} == {"MatMul"}
+    onnx.save(work.write(work.numbers("mse")), tmp_path / "q.onnx")
+    exact = backend("onnxruntime").open(tmp_path / "m.onnx").run(tokens)
+    got = backend(runtime).open(tmp_path / "q.onnx").run(tokens)
+    assert judge(exact, got, None).signal_to_noise_db > 25
+    coverage = backend(runtime).coverage(tmp_path / "q.onnx")
+    assert sum(layer.precision == "int8" for layer in coverage.layers if layer.macs) >= 6
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(("bits", "least_db"), [(8, 35), (4, 12)])
+def test_weights_alone_run_in_eight_and_four_bits(
+    tmp_path: Path, runtime: str, bits: int, least_db: float
+) -> None:
+    model = load_float(attention(tmp_path / "m.onnx"))
+    onnx.save(write_weight_only(model, bits), tmp_path / "w.onnx")
+    tokens = np.random.default_rng(0).standard_normal((32, 8, 32)).astype("f4")
+    exact = backend("onnxruntime").open(tmp_path / "m.onnx").run(tokens)
+    got = backend(runtime).open(tmp_path / "w.onnx").run(tokens)
+    assert judge(exact, got, None).signal_to_noise_db > least_db
+
+
+def test_weights_alone_of_a_network_without_matrix_products_is_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], "conv")]
+    path = save_model(nodes, {"w": np.ones((2, 3, 1, 1), "f4")}, tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedModelError, match="no matrix product"):
+        write_weight_only(load_float(path), 4)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_its_record(tmp_path: Path) -> None:
+    arguments = ["quantize", str(cnn(tmp_path / "m.onnx")), "--target", "x86", "--data",
+                 str(store_pictures(tmp_path / "d.npz")), "--out", str(tmp_path / "o"), "--json"]  # fmt: skip
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["chosen"] in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [([], "--data"), (["--data", "d.npz", "--teacher", "t"], "--teacher: not an option")],
+)
+def test_a_file_without_samples_or_with_options_of_a_run_is_refused(
+    tmp_path: Path, more: list[str], told: str
+) -> None:
+    done = CliRunner().invoke(cli, ["quantize", str(cnn(tmp_path / "m.onnx")), *more])
+    assert isinstance(done.exception, UsageError)
+    assert told in done.exception.message + done.exception.hint
