@@ -150,13 +150,17 @@ def _post_training(path: Path, target: str = "x86") -> PostTraining:
     return PostTraining(model, scheme_for(find_target(target)), lambda: iter([{"x": images}]))
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("target", ["x86", "rpi5", "jetson"])
-def test_every_dialect_computes_the_float_model_on_both_runtimes(
-    tmp_path: Path, runtime: str, target: str
-) -> None:
-    if target == "rpi5" and runtime == "openvino":
-        pytest.skip("arm-s8 has int8 zero points, which OpenVINO does not take (docs/quantize.md)")
+@pytest.mark.parametrize(
+    ("target", "runtime"),
+    [
+        ("x86", "onnxruntime"),
+        ("x86", "openvino"),
+        ("jetson", "onnxruntime"),
+        ("jetson", "openvino"),
+        ("rpi5", "onnxruntime"),  # OpenVINO does not take int8 with other zero points (docs/quantize.md)
+    ],
+)
+def test_every_dialect_computes_the_float_model(tmp_path: Path, target: str, runtime: str) -> None:
     work = _post_training(cnn(tmp_path / "m.onnx"), target)
     onnx.save(work.write(work.numbers("mse")), tmp_path / "q.onnx")
     images = pictures(64).transpose(0, 3, 1, 2).astype(np.float32) / 255
