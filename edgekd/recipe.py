@@ -96,7 +96,7 @@ class DistillRecipe(_Strict, frozen=True):
     weights: str = ""
     method: str = "dist"
     options: dict[str, dict[str, Any]] = {}
-    epochs: _Count = 32
+    epochs: _Count = 28
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 128
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: _Positive = 1e-2
@@ -104,7 +104,7 @@ class DistillRecipe(_Strict, frozen=True):
     weight_decay: _NonNegative = 0.2
     ema_decay: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.998
     hard_weight: _NonNegative | None = None
-    views: Annotated[int, msgspec.Meta(ge=0)] = 8
+    views: Annotated[int, msgspec.Meta(ge=0)] = 6
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     compile: bool = False
