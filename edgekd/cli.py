@@ -15,6 +15,7 @@ from edgekd import __version__, labelling, listings, quantizing, scoring
 from edgekd.console import Console
 from edgekd.embed.command import embed
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
+from edgekd.gating.command import gate
 
 _KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
 # What a stage does, and a call that starts from files alone.
@@ -220,38 +221,6 @@ def profile(
 
 
 @cli.command()
-@click.argument("candidate", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option(
-    "--reference",
-    required=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="ONNX file to compare with.",
-)
-@click.option("--backend", default="onnxruntime", show_default=True)
-@click.option(
-    "--max-ratio", default=1.05, show_default=True, help="Candidate latency over reference latency."
-)
-@click.option("--restarts", default=3, show_default=True, type=click.IntRange(2))
-@click.option("--max-restarts", default=9, show_default=True, type=click.IntRange(2))
-@click.option("--threads", default=1, show_default=True, type=int)
-@click.option("--seed", default=0, show_default=True, type=int)
-@click.option("--json", "as_json", is_flag=True, help="Print the verdict on stdout as JSON.")
-def gate(candidate: Path, reference: Path, backend: str, threads: int, as_json: bool, **limits: Any) -> None:
-    """Is CANDIDATE slower than the reference? Any two ONNX files with the same input shape.
-
-    \b
-    Example: edgekd gate new.onnx --reference released.onnx --max-ratio 1.05
-    Exit: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 75 UNUSABLE
-    """
-    from edgekd.gate import LatencyLimits
-    from edgekd.stages.files import gate_files
-
-    result = gate_files(candidate, reference, LatencyLimits(**limits), runtime=backend, threads=threads)
-    listings.emit(result, as_json)
-    raise SystemExit(EXIT_GATE[result["verdict"]])
-
-
-@cli.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 def report(run: Path) -> None:
     """Write report.html and report.md again from a run folder or a record.json.
@@ -268,6 +237,7 @@ def report(run: Path) -> None:
 
 for _command in (
     embed,
+    gate,
     labelling.select,
     labelling.label,
     listings.targets,

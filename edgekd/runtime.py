@@ -298,15 +298,17 @@ class Model:
             raise BundleError("manifest.json: expected one input and one output with postprocess softmax")
         self._preprocess = _preprocess(_get(ends[0], "preprocess", dict))
         self.classes = tuple(map(str, _get(self._manifest, "labels", list)))
-        self._variant, runtime, self.rejected = _choose(self._manifest, variant)
+        self._variant, self.runtime, self.rejected = _choose(self._manifest, variant)
         self.variant = _get(self._variant, "id", str)
         data = _read(folder, _get(self._variant, "file", str), _get(self._variant, "sha256", str))
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, min(threads or _get(self._variant, "session.threads", int, 1), usable))
         try:
-            self._run = _OPEN[runtime](data, self._variant, threads, [_get(end, "name", str) for end in ends])
+            self._run = _OPEN[self.runtime](
+                data, self._variant, threads, [_get(e, "name", str) for e in ends]
+            )
         except _engine_errors() as error:
-            raise BundleError(f"{runtime} refused the variant '{self.variant}': {error}") from error
+            raise BundleError(f"{self.runtime} refused the variant '{self.variant}': {error}") from error
         self._start_s = time.perf_counter() - started
 
     def preprocess(self, images: object) -> Floats:

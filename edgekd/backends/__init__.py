@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from edgekd.errors import UsageError, unknown_name
 
 Array = NDArray[np.float32]
 Feeds = Mapping[str, NDArray[Any]]  # the inputs of one call by name, for graphs that are no image classifier
+
+Shapes = Mapping[str, tuple[int, ...]]  # of inputs by name, or in the file's order
+_T = TypeVar("_T")
 
 _TABLE = {
     "onnxruntime": "edgekd.backends.onnxruntime:OnnxRuntimeBackend",
@@ -55,7 +58,9 @@ class Coverage:
 
 class Session(Protocol):
     """A loaded model: float32 (N, C, H, W) in, float32 (N, classes) out; or named inputs in, its first
-    output out."""
+    output out. `names` are those of its inputs, in the file's order."""
+
+    names: tuple[str, ...]
 
     def run(self, images: Array | Feeds) -> Array: ...
 
@@ -75,7 +80,13 @@ class Backend(Protocol):
         """The processor the sessions of this backend run on, in words."""
 
     def open(
-        self, model: Path, *, threads: int = 1, precision: str = "f32", batch: int | None = None
+        self,
+        model: Path,
+        *,
+        threads: int = 1,
+        precision: str = "f32",
+        batch: int | None = None,
+        shapes: Shapes | None = None,
     ) -> Session:
         """Load an ONNX file.
 
@@ -84,6 +95,7 @@ class Backend(Protocol):
             threads: threads inside one call.
             precision: that of the operators not quantized in the graph, "int8" is not one.
             batch: compile for exactly this N; None keeps the batch axis as the file has it.
+            shapes: compile for exactly these shapes of all inputs.
 
         Raises:
             BackendError: the runtime refuses the graph; the message is the runtime's own.
@@ -95,6 +107,11 @@ class Backend(Protocol):
         Raises:
             BackendError: as `open`, or the runtime does not tell what it executes.
         """
+
+
+def in_order(names: Sequence[str], given: Mapping[str, _T]) -> list[_T]:
+    """What belongs to each input: by its name where the names are the same, else as it comes."""
+    return [given[name] for name in names] if set(names) == set(given) else list(given.values())
 
 
 def backend(name: str) -> Backend:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.backends import Array, Coverage, Feeds, Layer, processor_name
+from edgekd.backends import Array, Coverage, Feeds, Layer, Shapes, in_order, processor_name
 from edgekd.backends.macs import Executed, assign, compute_nodes, kind_of, plain_name, weight_name
 from edgekd.errors import BackendError, missing_extra
 
@@ -39,7 +39,8 @@ class OnnxRuntimeSession:
     def __init__(self, session: Any, batch: int | None) -> None:
         self._session = session
         self._batch = batch
-        self._input = session.get_inputs()[0].name
+        self.names = tuple(described.name for described in session.get_inputs())
+        self._input = self.names[0] if self.names else ""
         self._outputs = [session.get_outputs()[0].name]
         self._errors = _runtime_errors()
 
@@ -105,6 +106,7 @@ class OnnxRuntimeBackend:
         threads: int = 1,
         precision: str = "f32",
         batch: int | None = None,
+        shapes: Shapes | None = None,
         optimize: bool = True,
     ) -> OnnxRuntimeSession:
         """Load an ONNX file; ``optimize=False`` runs the graph node by node as written (the reference).
@@ -121,7 +123,7 @@ class OnnxRuntimeBackend:
         options = _options(threads)
         if not optimize:
             options.graph_optimization_level = engine.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return OnnxRuntimeSession(_load(model, options, batch), batch)
+        return OnnxRuntimeSession(_load(model, options, batch, shapes), batch)
 
     def open_graph(self, model: bytes, *, threads: int = 1, optimize: bool = False) -> GraphSession:
         """Load a serialised ONNX model with all its outputs.
@@ -345,26 +347,31 @@ def _options(threads: int) -> Any:
     return options
 
 
-def _load(model: Path, options: Any, batch: int | None) -> Any:
-    """A session; with a batch, the symbolic batch axis is fixed before the graph is optimised."""
+def _load(model: Path, options: Any, batch: int | None, shapes: Shapes | None = None) -> Any:
+    """A session; symbolic axes that a batch or shapes give a size are fixed before the graph is optimised."""
     engine = _engine()
 
     def refuse(error: Exception) -> NoReturn:
         raise BackendError(f"onnxruntime refuses {model}: {error}") from error
 
-    if batch is not None:
+    if batch is not None or shapes is not None:
         plain = _options(threads=1)
         plain.graph_optimization_level = engine.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            axis = (
-                engine.InferenceSession(str(model), plain, providers=["CPUExecutionProvider"])
-                .get_inputs()[0]
-                .shape[0]
-            )
+            described = engine.InferenceSession(
+                str(model), plain, providers=["CPUExecutionProvider"]
+            ).get_inputs()
         except _runtime_errors() as error:
             refuse(error)
-        if isinstance(axis, str):
-            options.add_free_dimension_override_by_name(axis, batch)
+        wanted = [(batch,)] if shapes is None else in_order([one.name for one in described], shapes)
+        sizes = {
+            axis: size
+            for one, shape in zip(described, wanted, strict=False)
+            for axis, size in zip(one.shape, shape, strict=False)
+            if isinstance(axis, str)
+        }
+        for axis, size in sizes.items():
+            options.add_free_dimension_override_by_name(axis, size)
     try:
         return engine.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except _runtime_errors() as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.backends import Array, Coverage, Feeds, Layer
+from edgekd.backends import Array, Coverage, Feeds, Layer, Shapes, in_order
 from edgekd.backends.macs import Executed, assign, compute_nodes, kind_of, plain_name
 from edgekd.errors import BackendError, missing_extra
 
@@ -29,6 +29,7 @@ class OpenVinoSession:
         self._tensor = _engine().Tensor
         self._request = compiled.create_infer_request()
         self._batch = batch
+        self.names = tuple(map(_name, compiled.inputs))
         size, *sides = compiled.input(0).get_partial_shape()
         alone = len(compiled.inputs) == 1
         if alone and size.is_dynamic and all(side.is_static for side in sides):
@@ -87,14 +88,20 @@ class OpenVinoBackend:
         return str(_engine().Core().get_property("CPU", "FULL_DEVICE_NAME"))
 
     def open(
-        self, model: Path, *, threads: int = 1, precision: str = "f32", batch: int | None = None
+        self,
+        model: Path,
+        *,
+        threads: int = 1,
+        precision: str = "f32",
+        batch: int | None = None,
+        shapes: Shapes | None = None,
     ) -> OpenVinoSession:
         """Load an ONNX file; see `edgekd.backends.Backend.open`.
 
         Raises:
             BackendError: the runtime refuses the graph, or this CPU does not have `precision`.
         """
-        return OpenVinoSession(self._compile(model, threads, precision, batch), batch)
+        return OpenVinoSession(self._compile(model, threads, precision, batch, shapes=shapes), batch)
 
     def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
         """The runtime model at batch 1; times are medians of 30 runs with a resolution of 1 µs.
@@ -128,7 +135,14 @@ class OpenVinoBackend:
         return Coverage(tuple(layers))
 
     def _compile(
-        self, model: Path, threads: int, precision: str, batch: int | None, *, timed: bool = False
+        self,
+        model: Path,
+        threads: int,
+        precision: str,
+        batch: int | None,
+        *,
+        shapes: Shapes | None = None,
+        timed: bool = False,
     ) -> Any:
         core = _engine().Core()
         floats = [name for name in self.precisions() if name != "int8"]
@@ -148,7 +162,10 @@ class OpenVinoBackend:
             raise BackendError(f"openvino: no such file: {model}")
         try:
             graph = core.read_model(str(model))
-            if batch is not None:
+            if shapes is not None:
+                names = [_name(port) for port in graph.inputs]
+                graph.reshape(dict(zip(graph.inputs, in_order(names, shapes), strict=True)))
+            elif batch is not None:
                 fixed = {}
                 for port in graph.inputs:
                     shape = port.partial_shape
@@ -159,6 +176,11 @@ class OpenVinoBackend:
             return core.compile_model(graph, "CPU", options)
         except RuntimeError as error:
             raise BackendError(f"openvino refuses {model}: {_told(error)}") from error
+
+
+def _name(port: Any) -> str:
+    """The name of an input."""
+    return str(min(port.get_names(), default=port.get_node().get_friendly_name()))
 
 
 def _info(node: Any, key: str) -> str:

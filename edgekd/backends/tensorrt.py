@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.backends import Array, Coverage, Feeds
+from edgekd.backends import Array, Coverage, Feeds, Shapes
 from edgekd.errors import BackendError, MissingExtraError, missing_extra
 
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")  # desktop and server; Jetson
@@ -51,6 +51,7 @@ class TensorRtSession:
         if len(inputs) != 1 or len(outputs) != 1:
             raise BackendError(f"tensorrt: expected one input and one output, got {inputs} and {outputs}")
         self._input, self._output = inputs[0], outputs[0]
+        self.names = (inputs[0],)
         self._stream = _cuda_call(cuda, cuda.cudaStreamCreate())
         self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
 
@@ -121,7 +122,13 @@ class TensorRtBackend:
         return "NVIDIA GPU"
 
     def open(
-        self, model: Path, *, threads: int = 1, precision: str = "f32", batch: int | None = None
+        self,
+        model: Path,
+        *,
+        threads: int = 1,
+        precision: str = "f32",
+        batch: int | None = None,
+        shapes: Shapes | None = None,
     ) -> TensorRtSession:
         """Build an engine for the GPU here and load it. `threads` does nothing on a GPU.
 
@@ -145,6 +152,7 @@ class TensorRtBackend:
         except ModuleNotFoundError as error:
             raise missing_extra("cuda-python", "tensorrt", "running a TensorRT engine") from error
         trt = importlib.import_module(package)
+        batch = next(iter(shapes.values()))[0] if shapes else batch
         plan, _, message = _build(package, model, batch=batch)
         if plan is None:
             raise BackendError(f"tensorrt refuses {model}: {message}")

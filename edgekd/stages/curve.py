@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgekd.checks import wilson_interval
 from edgekd.distillers import methods
 from edgekd.errors import DataError
-from edgekd.gate import wilson_interval
 from edgekd.nets import count_parameters
 from edgekd.plan import Plan
 from edgekd.spaces import search_space

@@ -7,21 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.gate import (
-    Check,
-    LatencyLimits,
-    LatencySession,
-    LatencyVerdict,
-    Verdict,
-    accuracy_check,
-    coverage_check,
-    latency_verdict,
-    overall,
-    parity_check,
-    run_latency_gate,
-    size_check,
-)
-from edgekd.profiler import SessionResult, Variant, run_session
+from edgekd.backends.feeds import image_feed
+from edgekd.checks import Check, Verdict, accuracy_check, coverage_check, overall, parity_check, size_check
+from edgekd.gate import LatencyLimits, LatencySession, LatencyVerdict, latency_verdict, run_latency_gate
+from edgekd.profiler import Protocol, SessionResult, Variant, run_session
 from edgekd.stages.bench import Bench
 from edgekd.stages.export import FOLDER
 from edgekd.stages.profile import LOGITS, plans_of
@@ -169,11 +158,8 @@ def _latency(bench: Bench, shipped: Planned, sessions: list[SessionResult]) -> L
         sessions.append(
             run_session(
                 variants,
-                rounds=recipe.rounds,
-                calls_per_round=recipe.calls_per_round,
-                threads=bench.recipe.profile.threads,
-                seed=seed,
-                input_shape=bench.spec.input_shape,
+                protocol=Protocol(bench.recipe.profile.threads, recipe.rounds, recipe.calls_per_round, seed),
+                inputs=image_feed(bench.spec.input_shape),
             )
         )
         return LatencySession(*(_rounds(sessions[-1], name) for name in ("ref", "aa", "cand")))

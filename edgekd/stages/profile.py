@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.backends import Backend, Coverage, backend, backend_names
+from edgekd.backends.feeds import image_feed
 from edgekd.errors import BackendError, MissingExtraError
 from edgekd.profiler import Latency, Protocol, Variant, measure
 from edgekd.stages.bench import Array, Bench
@@ -77,7 +78,7 @@ def _empty_row(bench: Bench, plan: Planned) -> dict[str, Any]:
     unknown = (
         "accuracy", "top1_agreement", "max_abs_diff", "int8_coverage_nodes", "int8_coverage_macs",
         "latency_p50_ms", "latency_p90_ms", "latency_kind", "latency_device", "cpu_p50_ms", "load_ms",
-        "first_call_ms", "version", "fidelity",
+        "first_call_ms", "memory_mib", "energy_mj", "version", "fidelity",
     )  # fmt: skip
     return {
         "id": plan.id,
@@ -131,7 +132,9 @@ def _time(bench: Bench, plans: list[Planned], rows: dict[str, dict[str, Any]]) -
     recipe = bench.recipe.profile
     protocol = Protocol(recipe.threads, _ROUNDS, -(-recipe.calls // _ROUNDS), bench.recipe.seed)
     variants = [Variant(p.id, p.backend, str(_path(bench, p).resolve()), p.precision) for p in plans]
-    found: dict[str, Latency] = measure(variants, protocol=protocol, input_shape=bench.spec.input_shape)
+    found: dict[str, Latency] = measure(
+        variants, protocol=protocol, inputs=image_feed(bench.spec.input_shape)
+    )
     for name, latency in found.items():
         rows[name] |= {
             "latency_p50_ms": latency.wall_p50_ms,
@@ -139,6 +142,8 @@ def _time(bench: Bench, plans: list[Planned], rows: dict[str, dict[str, Any]]) -
             "cpu_p50_ms": latency.cpu_p50_ms,
             "load_ms": latency.load_ms,
             "first_call_ms": latency.first_call_ms,
+            "memory_mib": latency.memory_mib,
+            "energy_mj": latency.energy_mj,
             "latency_kind": "measured",
         }
 

@@ -241,7 +241,7 @@ def _time(job: Job, wanted: Wanted, candidates: list[Candidate], rows: dict[str,
     variants = [Variant(c.id, c.runtime, str(c.path.resolve()), c.precision) for c in candidates]
     protocol = Protocol(wanted.threads, _ROUNDS, 3, wanted.seed)
     try:
-        found = measure(variants, protocol=protocol, input_shape=str(path.resolve()))
+        found = measure(variants, protocol=protocol, inputs=path.resolve())
     except BackendError as error:
         for one in candidates:
             rows[one.id]["reason"] = f"not timed: {error.message}"

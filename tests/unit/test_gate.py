@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from edgekd.checks import Verdict
 from edgekd.gate import (
     LatencyLimits,
     LatencySession,
-    Verdict,
     cluster_bootstrap,
     latency_verdict,
     log_ratios,

@@ -9,8 +9,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from edgekd.errors import EXIT_GATE
-from edgekd.gate import (
+from edgekd.checks import (
     Check,
     Verdict,
     accuracy_check,
@@ -21,6 +20,7 @@ from edgekd.gate import (
     size_check,
     wilson_interval,
 )
+from edgekd.errors import EXIT_GATE
 
 # ---------------------------------------------------------------- accuracy
 

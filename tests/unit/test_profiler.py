@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekd import profiler
+from edgekd import profiler, worker
+from edgekd.backends.feeds import image_feed
 from edgekd.errors import BackendError, MissingExtraError, UsageError
 from edgekd.profiler import (
     Latency,
@@ -24,6 +25,8 @@ from edgekd.profiler import (
 )
 
 SHAPE = (3, 8, 8)
+FEEDS = image_feed(SHAPE)
+ONE = Protocol(rounds=1, calls=1)
 
 
 @pytest.mark.parametrize(("p", "smallest"), [(50, 11), (90, 64), (95, 130), (99, 662)])
@@ -68,9 +71,9 @@ def test_environment_names_machine_and_software() -> None:
 def test_variants_need_different_ids_and_threads_the_cores_allowed() -> None:
     twins = [Variant("a", "onnxruntime", "m.onnx")] * 2
     with pytest.raises(UsageError, match="different ids"):
-        run_session(twins, rounds=1, calls_per_round=1, threads=1, seed=0, input_shape=SHAPE)
+        run_session(twins, protocol=ONE, inputs=FEEDS)
     with pytest.raises(UsageError, match="4096 threads"):
-        run_session(twins[:1], rounds=1, calls_per_round=1, threads=4096, seed=0, input_shape=SHAPE)
+        run_session(twins[:1], protocol=Protocol(threads=4096), inputs=FEEDS)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +84,9 @@ def test_warm_up_ends_when_two_windows_agree(
     medians: list[float], windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = list(medians)
-    monkeypatch.setattr(profiler, "_turn", lambda session, images, calls: ([left.pop(0)] * calls, []))
-    profiler._warm_up(None, None)  # type: ignore[arg-type]
+    calls = object.__new__(worker._Calls)
+    monkeypatch.setattr(calls, "turn", lambda count: ([left.pop(0)] * count, []))
+    calls.warm_up()
     assert len(medians) - len(left) == windows
 
 
@@ -117,7 +121,7 @@ def test_a_session_records_every_call_of_every_variant(model: str) -> None:
         Variant("aa", "onnxruntime", model),
         Variant("ov", "openvino", model),
     ]
-    result = run_session(variants, rounds=3, calls_per_round=2, threads=1, seed=7, input_shape=SHAPE)
+    result = run_session(variants, protocol=Protocol(rounds=3, calls=2, seed=7), inputs=FEEDS)
     assert list(result.variants) == ["ref", "aa", "ov"]
     for times in result.variants.values():
         for clock in (times.wall_ms, times.cpu_ms):
@@ -128,7 +132,8 @@ def test_a_session_records_every_call_of_every_variant(model: str) -> None:
     told = result.environment
     assert told["precision"] == {"ref": "f32", "aa": "f32", "ov": "f32"}
     assert set(told["versions"]) == {"onnxruntime", "openvino"}
-    assert (told["threads"], told["batch"], told["input_shape"]) == (1, 1, list(SHAPE))
+    assert told["threads"] == 1
+    assert told["inputs"] == [{"name": "", "dtype": "float32", "shape": [1, *SHAPE]}]
     assert {"load_average_before", "load_average_after", "steal_ticks_before", "steal_ticks_after"} <= set(
         told
     )
@@ -137,7 +142,7 @@ def test_a_session_records_every_call_of_every_variant(model: str) -> None:
 @pytest.mark.backends
 def test_measure_gives_percentiles_only_with_enough_calls(model: str) -> None:
     protocol = Protocol(rounds=4, calls=3)
-    latency = measure([Variant("a", "onnxruntime", model)], protocol=protocol, input_shape=SHAPE)["a"]
+    latency = measure([Variant("a", "onnxruntime", model)], protocol=protocol, inputs=FEEDS)["a"]
     assert isinstance(latency, Latency)
     assert latency.runs == 12
     assert latency.wall_p50_ms is not None
@@ -155,7 +160,7 @@ def test_measure_gives_percentiles_only_with_enough_calls(model: str) -> None:
 )
 def test_a_refusal_in_the_worker_is_a_backend_error_here(variant: Variant, told: str, model: str) -> None:
     with pytest.raises(BackendError, match=told):
-        run_session([variant], rounds=1, calls_per_round=1, threads=1, seed=0, input_shape=SHAPE)
+        run_session([variant], protocol=ONE, inputs=FEEDS)
 
 
 def test_a_dead_worker_is_told_with_its_last_words() -> None:
@@ -175,9 +180,7 @@ def test_a_missing_package_in_the_worker_stays_a_missing_package() -> None:
 def test_a_session_that_takes_too_long_is_ended() -> None:
     variant = Variant("a", "onnxruntime", "/absent/m.onnx")
     with pytest.raises(BackendError, match="did not end within"):
-        run_session(
-            [variant], rounds=1, calls_per_round=1, threads=1, seed=0, input_shape=SHAPE, timeout_s=0.001
-        )
+        run_session([variant], protocol=Protocol(timeout_s=0.001), inputs=FEEDS)
 
 
 def test_the_profiler_and_the_runtimes_do_not_load_torch() -> None:

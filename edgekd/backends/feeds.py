@@ -1,0 +1,122 @@
+"""The inputs of an ONNX file: what they are, and a fixed random value of each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.errors import BackendError, UsageError, missing_extra
+
+_LARGEST = 2**31  # bytes of a protobuf message
+_LARGEST_INDEX = 2  # random whole numbers of 32 and 64 bits are below this: they may be indices
+
+
+@dataclass(frozen=True)
+class Feed:
+    """An input tensor with every size known; `dtype` is NumPy's name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {list(self.shape)}"
+
+
+def image_feed(shape: tuple[int, int, int]) -> tuple[Feed, ...]:
+    """One float32 image (1, C, H, W) whatever the name of the input."""
+    return (Feed("", "float32", (1, *shape)),)
+
+
+def read_feeds(model: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> tuple[Feed, ...]:
+    """The inputs of a file at batch 1, in its order.
+
+    Args:
+        shapes: by name, for inputs that have a symbolic size besides the first axis.
+
+    Raises:
+        BackendError: not an ONNX file.
+        UsageError: a size is not known, or `shapes` names no input or another rank.
+        MissingExtraError: the package onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing_extra("onnx", "train", "reading an ONNX graph") from error
+    undecodable = importlib.import_module("google.protobuf.message").DecodeError
+    hint = "export the model again"
+    try:
+        if (size := model.stat().st_size) >= _LARGEST:
+            raise BackendError(
+                f"{model} has {size} bytes; an ONNX file has less than {_LARGEST}",
+                "store large weights as external data",
+            )
+        graph = onnx.load(model, load_external_data=False).graph
+    except (OSError, undecodable) as error:
+        raise BackendError(f"cannot read {model} as an ONNX model: {error}", hint) from error
+    constants = {tensor.name for tensor in graph.initializer}
+    values = [value for value in graph.input if value.name not in constants]
+    if not values:
+        raise BackendError(f"{model}: an ONNX model with at least one input is expected, got none", hint)
+    if unknown := sorted(set(shapes or ()) - {value.name for value in values}):
+        known = ", ".join(value.name for value in values)
+        raise UsageError(f"--shape {unknown[0]}: {model} has no such input; it has: {known}")
+    return tuple(_feed(value, model, (shapes or {}).get(value.name)) for value in values)
+
+
+def _feed(value: object, model: Path, given: Sequence[int] | None) -> Feed:
+    import onnx
+
+    name, tensor = value.name, value.type.tensor_type  # type: ignore[attr-defined]
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    except KeyError:
+        dtype = "object"
+    sizes = [dim.dim_value for dim in tensor.shape.dim]
+    if dtype == "object" or dtype not in _RANDOM:
+        raise BackendError(
+            f"{model}: input '{name}' is not a tensor of numbers", "only such inputs can be fed"
+        )
+    if given is not None:
+        if len(given) != len(sizes) or any(
+            size and size != want for size, want in zip(sizes, given, strict=True)
+        ):
+            raise UsageError(f"--shape {name}={','.join(map(str, given))}: the file says {sizes} (0: any)")
+        return Feed(name, dtype, tuple(given))
+    if sizes and sizes[0] == 0:
+        sizes[0] = 1
+    if 0 in sizes:
+        example = ",".join(str(size or 64) for size in sizes)
+        raise UsageError(
+            f"{model}: input '{name}' has a size that the file leaves open: {sizes} (0: open)",
+            f"say which: --shape {name}={example}",
+        )
+    return Feed(name, dtype, tuple(sizes))
+
+
+_RANDOM: dict[str, tuple[int, int] | None] = {
+    **dict.fromkeys(("float16", "float32", "float64"), None),
+    **dict.fromkeys(("int32", "int64", "uint32", "uint64", "int16", "uint16"), (0, _LARGEST_INDEX)),
+    "uint8": (0, 256),
+    "int8": (-128, 128),
+    "bool": (0, 2),
+}
+
+
+def random_feeds(feeds: Sequence[Feed], seed: int) -> dict[str, NDArray[Any]]:
+    """Standard normal, or whole numbers: 0 or 1 where they may be indices. One seed, the same values."""
+    rng = np.random.default_rng(seed)
+    made: dict[str, NDArray[Any]] = {}
+    for feed in feeds:
+        limits = _RANDOM[feed.dtype]
+        if limits is None:
+            made[feed.name] = rng.standard_normal(feed.shape).astype(feed.dtype)
+        else:
+            made[feed.name] = rng.integers(limits[0], limits[1], feed.shape).astype(feed.dtype)
+    return made

@@ -1,0 +1,265 @@
+"""The process that measures: loads every variant, warms up, takes turns. Also what runs on a remote device.
+
+An order in JSON on stdin, one answer in JSON on stdout. It needs the standard library, numpy and an engine;
+with `edgekd.backends` and `edgekd.errors` it is all that is sent to a device, so it keeps to Python 3.10.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.backends import Array, Feeds, Session, backend, in_order, processor_name
+from edgekd.backends.feeds import Feed, random_feeds
+from edgekd.backends.onnxruntime import OnnxRuntimeBackend
+from edgekd.errors import EdgekdError
+
+_ISA = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+    "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+_PACKAGES = (
+    "edgekd", "numpy", "msgspec", "torch", "onnx", "onnxruntime", "openvino", "optuna", "tensorrt",
+    "tensorrt-rtx", "tensorrt-rtx-cu13",
+)  # fmt: skip
+_WINDOW = 5  # calls in a warm-up window
+_WINDOWS = 10  # at most
+_AGREEMENT = 0.03  # two consecutive window medians this close end the warm-up
+_ENERGY = "/sys/class/powercap/*:[0-9]/energy_uj"  # one counter a processor package
+_TEMPERATURES = "/sys/class/thermal/thermal_zone*/temp"
+_THROTTLES = "/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the software, for the record; ``packages`` holds versions of those installed."""
+    flags = _cpu_flags()
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": processor_name(),
+        "isa": [name for name in _ISA if name in flags],
+        "cores": len(os.sched_getaffinity(0)),
+        "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "load_average": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+    }
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction-set flags of the first core: "flags" on x86, "Features" on Arm."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    told = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return set(next(told, "").split())
+
+
+def _first_line(path: str | Path) -> str:
+    """First line of a system file; "" when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").partition("\n")[0].strip()
+    except OSError:
+        return ""
+
+
+def _state() -> dict[str, Any]:
+    """What may disturb a measurement: load, ticks that the hypervisor gave to others, heat, throttling."""
+    ticks = _first_line("/proc/stat").split()
+    temperatures = _numbers(_TEMPERATURES)
+    throttles = _numbers(_THROTTLES)
+    return {
+        "load_average": list(os.getloadavg()),
+        "steal_ticks": int(ticks[8]) if len(ticks) > 8 else None,
+        "temp_c": max(temperatures) / 1000 if temperatures else None,
+        "throttle_count": int(sum(throttles)) if throttles else None,
+    }
+
+
+def _numbers(pattern: str) -> list[float]:
+    lines = (_first_line(path) for path in Path("/").glob(pattern[1:]))
+    return [float(line) for line in lines if re.fullmatch(r"-?\d+", line)]
+
+
+def energy_uj() -> float | None:
+    """Energy that the processor packages have used, microjoules; None where no counter can be read."""
+    counters = _numbers(_ENERGY)
+    return sum(counters) if counters else None
+
+
+def _memory_mib() -> float | None:
+    """Memory that this process has in use."""
+    pages = _first_line("/proc/self/statm").split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if pages else None
+
+
+class _Calls:
+    """One loaded variant, fed, and what was measured of it."""
+
+    def __init__(self, variant: dict[str, str], threads: int, feeds: Feeds) -> None:
+        before, started = _memory_mib(), time.perf_counter_ns()
+        self._session = open_session(variant, threads, feeds)
+        loaded = time.perf_counter_ns()
+        self._fed = arranged(self._session, feeds)
+        self._session.run(self._fed)
+        called, after = time.perf_counter_ns(), _memory_mib()
+        self.times: dict[str, Any] = {
+            "load_ms": (loaded - started) / 1e6,
+            "first_call_ms": (called - loaded) / 1e6,
+            "memory_mib": None if before is None or after is None else max(0.0, after - before),
+            "wall_ms": [],
+            "cpu_ms": [],
+            "energy_uj": None,
+        }
+
+    def warm_up(self) -> None:
+        """Windows of calls until two consecutive medians agree."""
+        before = 0.0
+        for _ in range(_WINDOWS):
+            now = statistics.median(self.turn(_WINDOW)[0])
+            if abs(now - before) < _AGREEMENT * now:
+                return
+            before = now
+
+    def turn(self, calls: int) -> tuple[list[float], list[float]]:
+        """Wall and process milliseconds of consecutive calls."""
+        wall_ms, cpu_ms = [], []
+        for _ in range(calls):
+            cpu, wall = time.process_time_ns(), time.perf_counter_ns()
+            self._session.run(self._fed)
+            wall_ms.append((time.perf_counter_ns() - wall) / 1e6)
+            cpu_ms.append((time.process_time_ns() - cpu) / 1e6)
+        return wall_ms, cpu_ms
+
+    def record(self, calls: int) -> None:
+        """A turn that counts."""
+        before = energy_uj()
+        wall_ms, cpu_ms = self.turn(calls)
+        after = energy_uj()
+        if before is not None and after is not None and after >= before:  # else the counter went round
+            self.times["energy_uj"] = (self.times["energy_uj"] or 0.0) + after - before
+        self.times["wall_ms"].append(wall_ms)
+        self.times["cpu_ms"].append(cpu_ms)
+
+
+def open_session(variant: dict[str, str], threads: int, feeds: Feeds) -> Session:
+    """A variant of an order, compiled for the sizes of the feeds; "reference" is the graph as written."""
+    model, shapes = Path(variant["model"]), {name: array.shape for name, array in feeds.items()}
+    if variant["backend"] == "reference":
+        return OnnxRuntimeBackend().open(model, threads=threads, shapes=shapes, optimize=False)
+    return backend(variant["backend"]).open(
+        model, threads=threads, precision=variant["precision"], shapes=shapes
+    )
+
+
+def arranged(session: Session, feeds: Feeds) -> Array | Feeds:
+    """The feeds under the session's own names; of a model with one input the array alone."""
+    arrays = in_order(session.names, feeds)
+    return arrays[0] if len(arrays) == 1 else dict(zip(session.names, arrays, strict=True))
+
+
+def measure(order: dict[str, Any]) -> dict[str, Any]:
+    """Every call of every variant, and the machine.
+
+    Raises:
+        EdgekdError: a runtime is missing, or refuses a variant.
+    """
+    protocol, feeds = order["protocol"], _feeds(order)
+    shuffle = random.Random(protocol["seed"]).shuffle
+    names = sorted({variant["backend"] for variant in order["variants"]})
+    engines = {name: backend(name) for name in names}
+    versions = {name: engine.version() for name, engine in engines.items()}  # imports the engines
+    before, variants = _state(), list(order["variants"])
+    shuffle(variants)
+    calls = {variant["id"]: _Calls(variant, protocol["threads"], feeds) for variant in variants}
+    turns = list(calls.values())
+    gc.disable()
+    for one in turns:
+        one.warm_up()
+    for _ in range(protocol["rounds"]):
+        shuffle(turns)
+        for one in turns:
+            one.record(protocol["calls"])
+    gc.enable()
+    after = _state()
+    told = environment() | {
+        "devices": {name: engine.device() for name, engine in engines.items()},
+        "versions": versions,
+        "precision": {variant["id"]: variant["precision"] for variant in order["variants"]},
+        "threads": protocol["threads"],
+        "inputs": [{"name": n, "dtype": a.dtype.name, "shape": list(a.shape)} for n, a in feeds.items()],
+    }
+    told |= {f"{key}_before": value for key, value in before.items()}
+    told |= {f"{key}_after": value for key, value in after.items()}
+    return {
+        "variants": {variant["id"]: calls[variant["id"]].times for variant in order["variants"]},
+        "environment": told,
+    }
+
+
+def evaluate(order: dict[str, Any]) -> dict[str, Any]:
+    """First outputs (N, K) of each variant on stored inputs, one sample a call, as batch 1 on a device runs.
+
+    Writes an ``.npz`` with one array a variant.
+    """
+    arrays, outputs = _stored(order["data"]), {}
+    for variant in order["variants"]:
+        first = {name: array[:1] for name, array in arrays.items()}
+        session = open_session(variant, order["protocol"]["threads"], first)
+        rows = []
+        for index in range(len(next(iter(arrays.values())))):
+            one = arranged(session, {name: array[index : index + 1] for name, array in arrays.items()})
+            rows.append(session.run(one).reshape(-1).astype(np.float32))
+        outputs[variant["id"]] = np.stack(rows)
+    np.savez(order["answers"], **outputs)  # type: ignore[arg-type]
+    return {"answers": order["answers"]}
+
+
+def _feeds(order: dict[str, Any]) -> Feeds:
+    """The inputs of one call: what the caller stored, or random values."""
+    if order.get("stored"):
+        return _stored(order["stored"])
+    wanted = [Feed(one["name"], one["dtype"], tuple(one["shape"])) for one in order["inputs"]]
+    return random_feeds(wanted, order["protocol"]["seed"])
+
+
+def _stored(path: str) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def main() -> None:
+    """Order on stdin, answer on stdout; what the runtimes print goes to stderr."""
+    answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    order = json.load(sys.stdin)
+    answer: dict[str, Any]
+    try:
+        answer = {"result": {"measure": measure, "evaluate": evaluate}[order["job"]](order)}
+    except EdgekdError as error:
+        refusal = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        answer = {"refusal": refusal}
+    with answer_to:
+        json.dump(answer, answer_to)
+
+
+if __name__ == "__main__":
+    main()
