@@ -58,6 +58,7 @@ class Stage:
     selection: tuple[Tensor, Tensor] | None = None  # normalised inputs and labels, for the progress line
     training_mode: Callable[[nn.Module], None] = field(default=lambda model: model.train() and None)
     optimizer: Kind = "adamw"
+    decay_all: bool = False  # weight decay on biases and batch norm too, as most published recipes have it
     milestones: tuple[float, ...] = ()
     warmup_share: float = 0.1
     hard_weight: float | None = None  # None: the largest of the methods' own
@@ -93,8 +94,9 @@ class Loop:
             stage.plan.place(self._online).eval().requires_grad_(requires_grad=False)
         trained = (*stage.model.parameters(), *self.distillers.parameters())
         self.optimizer = make_optimizer(
-            trained, stage.optimizer, stage.learning_rate, stage.weight_decay, stage.plan.device
-        )
+            trained, stage.optimizer, stage.learning_rate, stage.weight_decay, stage.plan.device,
+            decay_all=stage.decay_all,
+        )  # fmt: skip
         self._allocate()
         self.history = self._restore()
         capturable = all(distiller.capturable for distiller in stage.distillers)

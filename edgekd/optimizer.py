@@ -13,13 +13,20 @@ Kind = Literal["adamw", "sgd"]
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], kind: Kind, learning_rate: float, weight_decay: float, device: str
+    parameters: Iterable[nn.Parameter],
+    kind: Kind,
+    learning_rate: float,
+    weight_decay: float,
+    device: str,
+    *,
+    decay_all: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW, or SGD with momentum 0.9; no weight decay on biases, batch norm and quantizer scales
-    (everything with one dimension). The rate is a tensor, so that a captured step can read a new one."""
+    (everything with one dimension) unless `decay_all`. The rate is a tensor, so that a captured step can
+    read a new one."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    matrices = [p for p in trained if p.dim() > 1]
-    vectors = [p for p in trained if p.dim() <= 1]
+    matrices = [p for p in trained if decay_all or p.dim() > 1]
+    vectors = [p for p in trained if not (decay_all or p.dim() > 1)]
     groups: list[dict[str, Any]] = []
     for members, decay in ((matrices, weight_decay), (vectors, 0.0)):
         rate = torch.tensor(learning_rate, device=device)

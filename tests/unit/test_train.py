@@ -281,6 +281,11 @@ def test_weight_decay_spares_vectors() -> None:
     for group in make_optimizer(model().parameters(), "adamw", 1e-2, 1e-2, "cpu").param_groups:
         for parameter in group["params"]:
             assert (parameter.dim() > 1) == (group["weight_decay"] > 0)
+    (everything,) = make_optimizer(
+        model().parameters(), "sgd", 1e-2, 1e-2, "cpu", decay_all=True
+    ).param_groups
+    assert everything["weight_decay"] == 1e-2
+    assert len(everything["params"]) == len(list(model().parameters()))
 
 
 def test_the_rate_warms_up_and_ends_at_zero() -> None:
@@ -338,7 +343,6 @@ def test_one_thread_is_never_timed() -> None:
     clock = [0.0]
     with Plan(threads=1).active():
         assert set(paced(Pace(Plan(threads=1), lambda: clock[0]), clock, 20, lambda _: 1.0)) == {1}
-
 
 
 def test_the_probe_measures_every_plan_and_takes_the_fastest() -> None:

@@ -116,6 +116,8 @@ class Job:
     schedule: str = "step"
     augment: str = "crop-flip"
     ema_decay: float = 0.0
+    decay_all: bool = False
+    bfloat16: bool = True
 
 
 @dataclass
@@ -172,8 +174,9 @@ class Bench:
             weight_decay=5e-4,
             ema_decay=job.ema_decay,
             seed=seed,
-            plan=self.plan,
+            plan=replace(self.plan, bfloat16=self.plan.bfloat16 and job.bfloat16),
             optimizer="sgd",
+            decay_all=job.decay_all,
             milestones=MILESTONES if job.schedule == "step" else (),
         )
 
