@@ -25,10 +25,12 @@ _LAYER_OVERHEAD_MS = 3e-3  # a launch costs about 3 microseconds on CPUs and GPU
 
 @dataclass(frozen=True)
 class Cost:
-    """`latency_ms` at batch 1; `size_mib` of the weights at the executed precision."""
+    """`latency_ms` at batch 1; `size_mib` of the weights at the executed precision; `memory_mib` at run time:
+    weights and the largest input and output of one layer, which is the least that a runtime can do with."""
 
     latency_ms: float | None
     size_mib: float
+    memory_mib: float = 0.0
 
 
 class CostModel(Protocol):
@@ -62,6 +64,12 @@ def cost_model(target: Target, precision: str) -> CostModel:
 def size_mib(layers: tuple[LayerShape, ...], precision: str) -> float:
     """Weights at `precision`, MiB; biases counted alike."""
     return sum(layer.parameters for layer in layers) * _BYTES[precision] / 2**20
+
+
+def memory_mib(layers: tuple[LayerShape, ...], precision: str) -> float:
+    """Weights, and the maps of the layer that needs most, MiB."""
+    maps = max(layer.values_moved - layer.parameters for layer in layers)
+    return size_mib(layers, precision) + maps * _BYTES[precision] / 2**20
 
 
 class Roofline:
@@ -119,9 +127,9 @@ class Roofline:
         )
 
     def predict(self, layers: tuple[LayerShape, ...]) -> Cost:
-        size = size_mib(layers, self._precision)
+        held = (size_mib(layers, self._precision), memory_mib(layers, self._precision))
         if self._bandwidth is None or self._peak is None:
-            return Cost(None, size)
+            return Cost(None, *held)
         total_ms = 0.0
         for layer in layers:
             if layer.op == "add":
@@ -131,7 +139,7 @@ class Roofline:
             compute_ms = 2 * layer.macs / gflops / 1e6
             memory_ms = layer.values_moved * _BYTES[self._precision] / self._bandwidth / 1e6
             total_ms += max(compute_ms, memory_ms) + _LAYER_OVERHEAD_MS
-        return Cost(total_ms, size)
+        return Cost(total_ms, *held)
 
     def close(self) -> None:
         """Nothing to keep."""
@@ -180,7 +188,7 @@ class LayerTable:
                 self._entries[key] = max(1e-4, self._measure(layer) - empty)
                 self._added += 1
             total += self._entries[key]
-        return Cost(total, size_mib(layers, self._precision))
+        return Cost(total, size_mib(layers, self._precision), memory_mib(layers, self._precision))
 
     def _measure(self, layer: LayerShape | None) -> float:
         """CPU milliseconds of a call of a one-layer model; of a model that only copies one value for None."""

@@ -61,10 +61,12 @@ class BudgetRecipe(_Strict, frozen=True):
     max_size_mib: _Positive | None = None
     max_drop_points: _NonNegative = 2.0
     max_macs_ratio: _Positive = 0.06
+    max_memory_mib: _Positive | None = None
 
 
 class SearchRecipe(_Strict, frozen=True):
-    """`student`: empty to search one; ``package.module:factory`` or a ``2-student.json`` to bring one."""
+    """`student`: empty to search one; ``package.module:factory`` or a ``2-student.json`` to bring one.
+    `processes` that score students, or the address of a Dask `cluster` that does."""
 
     student: str = ""
     space: str = "mobile-cnn"
@@ -73,6 +75,9 @@ class SearchRecipe(_Strict, frozen=True):
     evaluations: _Count = 240
     population: Annotated[int, msgspec.Meta(ge=4)] = 24
     batch_size: Annotated[int, msgspec.Meta(ge=8)] = 64
+    algorithm: Literal["nsga2", "aging"] = "nsga2"
+    processes: _Count = 1
+    cluster: str = ""
 
 
 class PhaseRecipe(_Strict, frozen=True):

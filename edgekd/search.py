@@ -6,9 +6,12 @@ can therefore resume by running the search again: stored candidates cost nothing
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +29,17 @@ class Limits:
     latency_ms: float | None
     size_mib: float | None
     macs: int | None
+    memory_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """`evaluations` in all, `population` of them a generation."""
+
+    evaluations: int
+    population: int
+    seed: int
+    algorithm: str = "nsga2"
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Candidate:
     latency_ms: float | None
     size_mib: float
     terms: dict[str, float]
+    memory_mib: float = 0.0  # at run time: weights and the largest maps that are needed together
 
     def excess(self, limits: Limits) -> dict[str, float]:
         """Relative excess over each limit that is broken: 0.1 is 10 % too much."""
@@ -45,6 +60,7 @@ class Candidate:
             "latency": (self.latency_ms, limits.latency_ms),
             "size": (self.size_mib, limits.size_mib),
             "MACs": (self.macs, limits.macs),
+            "memory": (self.memory_mib, limits.memory_mib),
         }
         return {
             name: got / limit - 1
@@ -55,7 +71,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that was evaluated, in order, each genome once; indices point into `candidates`."""
+    """Everything that was evaluated, in order, each genome once; indices point into `candidates`. `front`:
+    those within the budget that no other one beats in both score and cost, the cheapest first."""
 
     candidates: tuple[Candidate, ...]
     feasible: tuple[bool, ...]
@@ -65,52 +82,143 @@ class Found:
     by_macs: int
     by_parameters: int
     dropped: int
+    front: tuple[int, ...] = ()
 
 
 def search(
     choices: Sequence[int],
-    evaluate: Callable[[Genome], Candidate],
+    evaluate: Callable[[Sequence[Genome]], Sequence[Candidate]],
     limits: Limits,
-    *,
-    evaluations: int,
-    population: int,
-    seed: int,
+    effort: Effort,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
-    """Constrained NSGA-II (Deb et al. 2002) over score and latency, by Optuna.
+    """The students found by an algorithm of `ALGORITHMS`; of a space of no more than `effort.evaluations`
+    students all are evaluated. `evaluate` gets new genomes in batches, a generation at most.
 
     Raises:
         InfeasibleBudgetError: no candidate meets the budget; names the nearest one and what binds.
     """
-    import optuna
+    population, total = effort.population, min(effort.evaluations, math.prod(choices))
+    method: _Algorithm = _Exhaustive(choices, population)
+    if total < math.prod(choices):
+        method = ALGORITHMS[effort.algorithm](choices, population, effort.seed)
+    met: dict[Genome, tuple[int, Candidate]] = {}  # generation and candidate
+    asked = 0
+    reference: dict[Genome, Candidate] = {}
+    while asked < total:
+        genomes = method.ask(total - asked)
+        fresh = [genome for genome in dict.fromkeys(genomes) if genome not in met]
+        for genome, candidate in zip(fresh, evaluate(fresh), strict=True):
+            met[genome] = (asked // population, candidate)
+        for genome in genomes:
+            candidate = met[genome][1]
+            reference.setdefault(genome, candidate)
+            excess = sum(candidate.excess(limits).values())
+            scale = list(itertools.islice(reference.values(), population))  # the first generation, so far
+            score = _objective(candidate, scale) if excess == 0 else _HOPELESS
+            method.tell(candidate, score, excess)
+        asked += len(genomes)
+        progress(asked, total)
+    found = list(met.values())
+    return _conclude([candidate for _, candidate in found], [number for number, _ in found], limits)
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        directions=["maximize", "minimize"],
-        sampler=optuna.samplers.NSGAIISampler(population_size=population, seed=seed),
-    )
-    names = [f"gene{index:02d}" for index in range(len(choices))]
-    for level in (0.0, 0.5, 1.0):  # the smallest, a middling and the largest design of the space
-        start = [round(level * (options - 1)) for options in choices]
-        study.enqueue_trial(dict(zip(names, start, strict=True)))
-    met: dict[Genome, int] = {}
-    candidates: list[Candidate] = []
-    for number in range(evaluations):
-        trial = study.ask()
-        genome = tuple(
-            trial.suggest_int(name, 0, options - 1) for name, options in zip(names, choices, strict=True)
-        )
-        if genome not in met:
-            met[genome] = number // population
-            candidates.append(evaluate(genome))
-        candidate = candidates[list(met).index(genome)]
-        excess = sum(candidate.excess(limits).values())
+
+class _Algorithm(Protocol):
+    """Genomes to evaluate, and what became of each, in their order."""
+
+    def ask(self, count: int) -> list[Genome]:
+        """The next genomes, `count` at most."""
+
+    def tell(self, candidate: Candidate, score: float, excess: float) -> None:
+        """`excess`: relative, over all limits; 0 is within the budget."""
+
+
+def _starts(choices: Sequence[int]) -> list[Genome]:
+    """The smallest, a middling and the largest design of the space."""
+    levels = (0.0, 0.5, 1.0)
+    return [tuple(round(level * (options - 1)) for options in choices) for level in levels]
+
+
+class _Exhaustive:
+    """Every student of a small space, in order."""
+
+    def __init__(self, choices: Sequence[int], population: int) -> None:
+        self._all = itertools.product(*(range(options) for options in choices))
+        self._population = population
+
+    def ask(self, count: int) -> list[Genome]:
+        return list(itertools.islice(self._all, min(count, self._population)))
+
+    def tell(self, candidate: Candidate, score: float, excess: float) -> None: ...
+
+
+class _Nsga2:
+    """Constrained NSGA-II (Deb et al. 2002) over score and latency, by Optuna; a batch is a generation."""
+
+    def __init__(self, choices: Sequence[int], population: int, seed: int) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._choices, self._population = choices, population
+        sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
+        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        self._names = [f"gene{index:02d}" for index in range(len(choices))]
+        for start in _starts(choices):
+            self._study.enqueue_trial(dict(zip(self._names, start, strict=True)))
+        self._next = population + len(_starts(choices))  # Optuna counts no given trial as one of a generation
+        self._open: deque[Any] = deque()
+
+    def ask(self, count: int) -> list[Genome]:
+        genomes = []
+        for _ in range(min(count, self._next)):
+            trial = self._study.ask()
+            genes = zip(self._names, self._choices, strict=True)
+            genomes.append(tuple(trial.suggest_int(name, 0, options - 1) for name, options in genes))
+            self._open.append(trial)
+        self._next = self._population
+        return genomes
+
+    def tell(self, candidate: Candidate, score: float, excess: float) -> None:
+        trial = self._open.popleft()
         trial.set_constraint("budget", excess)
-        score = _objective(candidate, candidates[:population]) if excess == 0 else _HOPELESS
-        cost = candidate.macs if candidate.latency_ms is None else candidate.latency_ms
-        study.tell(trial, [score, cost])
-        progress(number + 1, evaluations)
-    return _conclude(candidates, list(met.values()), limits)
+        self._study.tell(trial, [score, _cost(candidate)])
+
+
+class _Aging:
+    """Aging evolution (Real et al. 2019, arXiv:1802.01548, algorithm 1) by the score alone: the best of a
+    sample of a quarter of the population has one gene changed; the child replaces the oldest. A child beyond
+    the budget is rejected, unless nothing within it is known yet."""
+
+    def __init__(self, choices: Sequence[int], population: int, seed: int) -> None:
+        self._choices, self._size = choices, population
+        self._rng = np.random.default_rng(seed)
+        drawn = [tuple(int(self._rng.integers(options)) for options in choices) for _ in range(population)]
+        self._first = [*_starts(choices), *drawn][:population]
+        self._living: deque[tuple[float, float, Genome]] = deque()
+
+    def ask(self, count: int) -> list[Genome]:
+        if self._first:
+            batch, self._first = self._first[:count], []
+            return batch
+        sample = self._rng.integers(len(self._living), size=max(2, self._size // 4))
+        parent = max(self._living[index] for index in sample)[2]
+        genes = [gene for gene, options in enumerate(self._choices) if options > 1]
+        gene = int(self._rng.choice(genes))
+        other = int(self._rng.integers(self._choices[gene] - 1))
+        child = list(parent)
+        child[gene] = other + (other >= parent[gene])
+        return [tuple(child)]
+
+    def tell(self, candidate: Candidate, score: float, excess: float) -> None:
+        known = len(self._living) >= self._size and any(each[0] == 0 for each in self._living)
+        if excess > 0 and known:
+            return
+        self._living.append((-excess, score, candidate.genome))
+        if len(self._living) > self._size:
+            self._living.popleft()
+
+
+ALGORITHMS: dict[str, Callable[[Sequence[int], int, int], _Algorithm]] = {"nsga2": _Nsga2, "aging": _Aging}
 
 
 def _objective(candidate: Candidate, reference: Sequence[Candidate]) -> float:
@@ -144,7 +252,25 @@ def _conclude(candidates: list[Candidate], generation: list[int], limits: Limits
         by_macs=max(rows, key=lambda i: candidates[i].macs),
         by_parameters=max(rows, key=lambda i: candidates[i].parameters),
         dropped=sum(not c.terms and not c.excess(limits) for c in candidates),
+        front=_front(
+            [(_cost(candidates[row]), float(value), row) for row, value in zip(rows, combined, strict=True)]
+        ),
     )
+
+
+def _cost(candidate: Candidate) -> float:
+    return candidate.macs if candidate.latency_ms is None else candidate.latency_ms
+
+
+def _front(points: list[tuple[float, float, int]]) -> tuple[int, ...]:
+    """Rows of (cost, score, row) that no other point beats in both, by cost."""
+    found: list[int] = []
+    best = -math.inf
+    for _, score, row in sorted(points, key=lambda point: (point[0], -point[1])):
+        if score > best:
+            best = score
+            found.append(row)
+    return tuple(found)
 
 
 def choose(candidates: Sequence[Candidate], score: Sequence[float] | Values, rows: Sequence[int]) -> int:
@@ -172,6 +298,8 @@ def _infeasible(candidates: list[Candidate], limits: Limits) -> InfeasibleBudget
         needs.append(f"--max-latency-ms {_round_up(nearest.latency_ms)}")
     if limits.size_mib is not None:
         needs.append(f"--max-size-mib {_round_up(nearest.size_mib)}")
+    if limits.memory_mib is not None and nearest.memory_mib > limits.memory_mib:
+        needs.append(f"--set budget.max_memory_mib={_round_up(nearest.memory_mib)}")
     if limits.macs is not None and nearest.macs > limits.macs:
         needs.append(f"a budget.max_macs_ratio {_round_up(nearest.macs / limits.macs)} times the present one")
     return InfeasibleBudgetError(

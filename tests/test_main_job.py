@@ -292,7 +292,7 @@ from edgekd.plan import Plan
 where, call = sys.argv.pop(1).split(":")
 edgekd.stages.training.probe = lambda *a, **k: (Plan(1, False, False), {"pinned": 1.0})
 owner, name = {
-    "search": (edgekd.stages.search._Evaluator, "_evaluate"),
+    "search": (edgekd.stages.search._Evaluator, "_keep"),
     "distill": (edgekd.loop.Loop, "_update_average"),
     "nowhere": (edgekd.loop.Loop, "finish"),
 }[where]

@@ -51,7 +51,7 @@ def to_width(embedding: Tensor, width: int) -> Tensor:
         return embedding
     generator = torch.Generator().manual_seed(embedding.shape[1])
     projection: Tensor = torch.randn(embedding.shape[1], width, generator=generator) / width**0.5
-    return embedding.float() @ projection
+    return embedding.float() @ projection.to(embedding.device)
 
 
 class DisWot(OutputProxy):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from edgekd.cost import CostModel, cost_model
 from edgekd.files import sha256_json, write_json
 from edgekd.nets import Outputs, count_parameters, layer_shapes, tapped_forward
 from edgekd.probing import randomised, untouched
-from edgekd.proxies import Trial, check_teacher, proxy
-from edgekd.search import Candidate, Found, Genome, Limits, search
+from edgekd.proxies import check_teacher, proxy
+from edgekd.search import Candidate, Effort, Found, Genome, Limits, search
 from edgekd.stages.bench import Bench
+from edgekd.stages.workers import Scorer, Workers
 from edgekd.tasks.classification import normalise, to_tensor
 
 
@@ -30,15 +31,16 @@ def run(bench: Bench) -> dict[str, Any]:
     limits = budget_limits(bench, model)
     evaluate = _Evaluator(bench, model, limits)
     try:
-        found = search(
-            bench.space.choices,
-            evaluate,
-            limits,
-            evaluations=recipe.search.evaluations,
-            population=recipe.search.population,
-            seed=recipe.seed,
-            progress=bench.counter("search students"),
-        )
+        with evaluate.workers:
+            found = search(
+                bench.space.choices,
+                evaluate,
+                limits,
+                Effort(
+                    recipe.search.evaluations, recipe.search.population, recipe.seed, recipe.search.algorithm
+                ),
+                bench.counter("search students"),
+            )
     finally:
         evaluate.close()
         model.close()
@@ -94,6 +96,7 @@ def budget_limits(bench: Bench, model: CostModel) -> Limits:
         latency_ms,
         budget.max_size_mib,
         None if teacher_macs is None else int(teacher_macs * budget.max_macs_ratio),
+        budget.max_memory_mib,
     )
 
 
@@ -122,51 +125,59 @@ def teacher_outputs(bench: Bench, inputs: Tensor) -> Outputs:
 
 
 class _Evaluator:
-    """Genome to candidate. Costs come first; only a student within the budget is built and scored."""
+    """Genomes to candidates. Costs come first; only a student within the budget is built and scored."""
 
     def __init__(self, bench: Bench, model: CostModel, limits: Limits) -> None:
+        recipe = bench.recipe.search
         self._space, self._model, self._limits = bench.space, model, limits
-        self._seed, self._classes = bench.recipe.seed, len(bench.spec.classes)
-        self._proxy = proxy(bench.recipe.search.score)
-        self._inputs, self._labels = scoring_batch(bench)
-        self._teacher = teacher_outputs(bench, self._inputs)
-        check_teacher(bench.recipe.search.score, self._proxy.needs, self._teacher)
+        self.workers = Workers(_scorer(bench), recipe.processes, recipe.cluster, bench.run.reporter.say)
         self._path = bench.run.folder / "checkpoints" / "search.jsonl"
         self._known = _stored(self._path, bench)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
 
-    def __call__(self, genome: Genome) -> Candidate:
-        key = json.dumps(genome)
-        if key not in self._known:
-            candidate = self._evaluate(genome)
-            self._known[key] = candidate
-            self._file.write(json.dumps(asdict(candidate)) + "\n")
-            self._file.flush()
-        return self._known[key]
+    def __call__(self, genomes: Sequence[Genome]) -> list[Candidate]:
+        new = [self._costs(genome) for genome in genomes if json.dumps(genome) not in self._known]
+        within = [candidate.genome for candidate in new if not candidate.excess(self._limits)]
+        scores = self.workers(within)
+        for candidate in new:
+            if not candidate.excess(self._limits):
+                candidate.terms.update(next(scores))
+            self._keep(candidate)
+        return [self._known[json.dumps(genome)] for genome in genomes]
 
-    def _evaluate(self, genome: Genome) -> Candidate:
+    def _keep(self, candidate: Candidate) -> None:
+        self._known[json.dumps(candidate.genome)] = candidate
+        self._file.write(json.dumps(asdict(candidate)) + "\n")
+        self._file.flush()
+
+    def _costs(self, genome: Genome) -> Candidate:
         layers = self._space.layers(genome)
         cost = self._model.predict(layers)
-        candidate = Candidate(
+        return Candidate(
             genome,
             parameters=sum(layer.parameters for layer in layers),
             macs=sum(layer.macs for layer in layers),
             latency_ms=cost.latency_ms,
             size_mib=cost.size_mib,
             terms={},
+            memory_mib=cost.memory_mib,
         )
-        if candidate.excess(self._limits):
-            return candidate
-        student = self._space.build(genome, torch.Generator().manual_seed(self._seed)).train()
-        trial = Trial(student, self._inputs, self._labels, self._teacher, self._classes, self._seed)
-        terms = self._proxy.measure(trial)
-        if all(math.isfinite(value) for value in terms.values()):
-            candidate.terms.update(terms)
-        return candidate
 
     def close(self) -> None:
         self._file.close()
+
+
+def _scorer(bench: Bench) -> Scorer:
+    """What scores a student, on the device that networks are trained on."""
+    score = bench.recipe.search.score
+    inputs, labels = scoring_batch(bench)
+    teacher = teacher_outputs(bench, inputs)
+    check_teacher(score, proxy(score).needs, teacher)
+    parts = (teacher.logits, teacher.embedding, teacher.features)
+    placed = Outputs(*(None if part is None else part.to(bench.device) for part in parts))  # type: ignore[arg-type]
+    classes, seed = len(bench.spec.classes), bench.recipe.seed
+    return Scorer(bench.space, score, inputs.to(bench.device), labels.to(bench.device), placed, classes, seed)
 
 
 def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
@@ -193,7 +204,8 @@ def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
 def _search_key(bench: Bench) -> str:
     """Costs and scores belong to one teacher, device and budget: beyond its limits nothing was scored."""
     recipe, before = bench.run.record["recipe"], bench.run.record["stages"]["teacher"]
-    parts = [recipe[key] for key in ("seed", "search", "budget")] + [recipe["quantize"]["mode"]]
+    how = {key: value for key, value in recipe["search"].items() if key not in ("processes", "cluster")}
+    parts = [recipe["seed"], how, recipe["budget"], recipe["quantize"]["mode"]]
     return sha256_json([before["inputs_sha256"], before["outputs_sha256"], parts, bench.run.target])
 
 
@@ -202,6 +214,7 @@ def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> di
     return {
         "score": bench.recipe.search.score,
         "teacher_state": bench.recipe.search.teacher_state,
+        "algorithm": bench.recipe.search.algorithm,
         "evaluated": len(found.candidates),
         "dropped": found.dropped,
         **cost_facts(model, limits),
@@ -212,6 +225,7 @@ def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> di
         "chosen": found.chosen,
         "by_macs": found.by_macs,
         "by_parameters": found.by_parameters,
+        "front": list(found.front),
         "latency_measured_ms": None,
         "latency_measured_on": None,
         "built_parameters": count_parameters(
@@ -233,5 +247,6 @@ def cost_facts(model: CostModel, limits: Limits) -> dict[str, Any]:
             "max_latency_ms": limits.latency_ms,
             "max_size_mib": limits.size_mib,
             "max_macs": limits.macs,
+            "max_memory_mib": limits.memory_mib,
         },
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from edgekd.errors import InfeasibleBudgetError
-from edgekd.search import Candidate, Found, Genome, Limits, choose, search
+from edgekd.search import Candidate, Effort, Found, Genome, Limits, choose, search
 from edgekd.stages.search import _stored
 
 CHOICES = (4, 3, 2, 5, 3)
@@ -25,6 +26,7 @@ def candidate(genome: Genome, **changes: Any) -> Candidate:
         "parameters": 1000 * (1 + size),
         "macs": 10_000 * (1 + size) + 7 * genome[0],
         "latency_ms": 0.1 * (1 + size),
+        "memory_mib": 0.02 * (1 + size),
         "size_mib": 0.01 * (1 + size),
         "terms": {"relation": -((size - 6.5) ** 2), "semantic": -1e-3 * genome[-1]},
     }
@@ -33,7 +35,13 @@ def candidate(genome: Genome, **changes: Any) -> Candidate:
 
 def run(evaluate: Any = candidate, limits: Limits = UNLIMITED, **changes: Any) -> Found:
     options = {"evaluations": 40, "population": 8, "seed": 0} | changes
-    return search(options.pop("choices", CHOICES), evaluate, limits, **options)
+
+    def batch(genomes: Sequence[Genome]) -> list[Candidate]:
+        return [evaluate(genome) for genome in genomes]
+
+    choices = options.pop("choices", CHOICES)
+    progress = options.pop("progress", lambda done, total: None)
+    return search(choices, batch, limits, Effort(**options), progress)
 
 
 def genomes(found: Found) -> list[Genome]:
@@ -103,17 +111,85 @@ def test_a_space_of_one_student_gives_that_student() -> None:
     assert (found.chosen, found.by_macs, found.by_parameters) == (0, 0, 0)
 
 
+def test_a_space_smaller_than_the_effort_is_searched_whole() -> None:
+    found = run(choices=(3, 2, 4, 1, 1), evaluations=100)
+    assert len(set(genomes(found))) == len(found.candidates) == 24
+
+
+def test_a_batch_is_a_generation_and_the_same_whoever_evaluates_it() -> None:
+    sizes: list[int] = []
+
+    def batch(asked: Sequence[Genome]) -> list[Candidate]:
+        sizes.append(len(asked))
+        return [candidate(genome) for genome in reversed(asked)][::-1]
+
+    found = search(CHOICES, batch, UNLIMITED, Effort(40, 8, 0))
+    assert sizes[0] == 11
+    assert max(sizes[1:]) <= 8
+    assert found == run()
+
+
+def test_the_front_holds_those_that_nothing_beats_in_both() -> None:
+    found = run(evaluations=100)
+    points = [(each.latency_ms, score) for each, score in zip(found.candidates, found.score, strict=True)]
+    for row in found.front:
+        cost, score = points[row]
+        assert not any(
+            c <= cost and s >= score and (c, s) != (cost, score)  # type: ignore[operator]
+            for c, s in points
+        )
+    costs = [points[row][0] for row in found.front]
+    assert costs == sorted(costs)  # type: ignore[type-var]
+
+
+# ---------------------------------------------------------------- aging evolution
+
+
+def test_aging_evolution_improves_on_its_first_population() -> None:
+    """Of five genes with a best value each, it finds nearly all; random draws of the same number do not."""
+
+    def target(genome: Genome) -> Candidate:
+        right = sum(gene == want for gene, want in zip(genome, (3, 1, 4, 0, 2, 5, 1, 0), strict=True))
+        return candidate(genome, terms={"a": float(right)})
+
+    found = run(target, choices=(6,) * 8, evaluations=400, population=20, algorithm="aging")
+    best = max(each.terms["a"] for each in found.candidates)
+    first = max(each.terms["a"] for each in found.candidates[:20])
+    assert best >= 7 > first
+
+
+def test_aging_evolution_is_a_function_of_its_seed_and_keeps_the_budget() -> None:
+    limits = Limits(0.9, None, None)
+    one, same, other = (run(limits=limits, evaluations=80, seed=s, algorithm="aging") for s in (0, 0, 1))
+    assert one == same
+    assert genomes(one) != genomes(other)
+    assert not one.candidates[one.chosen].excess(limits)
+
+
+def test_a_child_differs_from_its_parent_in_one_gene() -> None:
+    found = run(evaluations=60, population=6, algorithm="aging")
+    for index, child in enumerate(genomes(found)[6:], 6):
+        known = genomes(found)[:index]
+        assert min(sum(a != b for a, b in zip(child, each, strict=True)) for each in known) == 1
+
+
 def test_progress_counts_all_evaluations() -> None:
     seen: list[tuple[int, int]] = []
-    run(evaluations=12, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 12) for done in range(1, 13)]
+    run(evaluations=24, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(11, 24), (19, 24), (24, 24)]  # generation by generation, the first with its three starts
 
 
 # ---------------------------------------------------------------- budget
 
 
 @pytest.mark.parametrize(
-    "limits", [Limits(0.6, None, None), Limits(None, 0.05, None), Limits(None, None, 55_000)]
+    "limits",
+    [
+        Limits(0.6, None, None),
+        Limits(None, 0.05, None),
+        Limits(None, None, 55_000),
+        Limits(None, None, None, 0.1),
+    ],
 )
 def test_the_chosen_student_keeps_the_budget(limits: Limits) -> None:
     found = run(limits=limits, evaluations=80)
