@@ -331,7 +331,7 @@ def _shape_problems(folder: Path, manifest: Manifest, sound: set[str]) -> list[s
     for name in sorted(wanted.keys() & sound):
         try:
             array = np.load(folder / name, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+        except (ValueError, EOFError, OSError, MemoryError) as error:
             problems.append(f"{name} is not a NumPy array: {error}")
             continue
         counts.add(len(array) if array.ndim else 0)

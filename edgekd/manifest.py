@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edgekd.errors import BundleError
-from edgekd.runtime import FORMAT, VERSION
+from edgekd.runtime import FORMAT, LARGEST, VERSION
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 VariantId = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9_-]*$", max_length=64)]
@@ -127,6 +127,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
+        if (size := path.stat().st_size) >= LARGEST >> 7:
+            raise BundleError(f"{path} has {size} bytes, a manifest has less than {LARGEST >> 7}", _AGAIN)
         data = path.read_bytes()
         raw = json.loads(data)
     except OSError as error:

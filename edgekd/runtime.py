@@ -3,9 +3,8 @@
     model = load("model.ekd")
     model.predict(images).labels        # images: a uint8 array, or a list of them
 
-It needs nothing else of edgekd and may be copied next to an application. The command ``python -m
-edgekd.runtime BUNDLE selftest [VARIANT]`` replays the golden inputs and prints one JSON line;
-exit 0: within the tolerance, 1: beyond it, 2: no variant runs here or a file was altered.
+Copy it next to an application. ``python -m edgekd.runtime BUNDLE selftest [VARIANT]`` replays the golden
+inputs and prints a JSON line; exit 0: within the tolerance, 1: beyond, 2: nothing runs or a file was altered.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 _T = TypeVar("_T")
 
-FORMAT, VERSION = "edgekd-bundle", 1
+FORMAT, VERSION, LARGEST = "edgekd-bundle", 1, 1 << 31  # bytes of a protobuf message
 _ONE = 1 << 22  # Pillow's fixed-point unit of a resampling weight
 _CPU: list[Any] = [["CPUExecutionProvider", {}]]
 _CPUINFO, _STATM = Path("/proc/cpuinfo"), Path("/proc/self/statm")
@@ -57,8 +56,7 @@ def _weights(size_in: int, size_out: int) -> NDArray[np.float64]:
     """Triangle filter, widened when shrinking: (size_in, size_out) whole numbers, about `_ONE` a column."""
     scale = size_in / size_out
     centre = (np.arange(size_out) + 0.5) * scale
-    distance = np.abs(np.arange(size_in)[:, None] - centre + 0.5) / max(scale, 1.0)
-    triangle = np.maximum(0.0, 1.0 - distance)
+    triangle = np.maximum(0.0, 1.0 - np.abs(np.arange(size_in)[:, None] - centre + 0.5) / max(scale, 1.0))
     return np.asarray(np.floor(triangle / triangle.sum(axis=0) * _ONE + 0.5))
 
 
@@ -129,7 +127,8 @@ def path_problem(folder: Path, name: str) -> str:
     if not name or path.anchor or "\0" in name:
         return f"'{name}' is not a relative path"
     inside = ".." not in path.parts and (folder / name).resolve().is_relative_to(folder.resolve())
-    return "" if inside else f"'{name}' leads out of the bundle"
+    large = inside and (folder / name).is_file() and (folder / name).stat().st_size >= LARGEST
+    return f"'{name}' has 2 GiB or more" if large else "" if inside else f"'{name}' leads out of the bundle"
 
 
 def _get(table: object, key: str, kind: type[_T], default: _T | None = None) -> _T:
@@ -159,7 +158,7 @@ def _preprocess(table: object) -> _Preprocess:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(path.read_bytes() if path.stat().st_size < LARGEST >> 7 else b"too large")
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not a readable JSON file ({error}); copy the bundle again") from error
     found = (_get(manifest, "format", str, ""), _get(manifest, "version", int, 0))
@@ -199,8 +198,7 @@ def cpu_flags(cpuinfo: str) -> set[str]:
 
 def machine() -> str:
     """The processor architecture under its Linux name."""
-    name = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name := platform.machine().lower(), name)
 
 
 def _machine_problem(variant: object) -> str:
@@ -283,8 +281,7 @@ _OPEN = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
 def _engine_errors() -> tuple[type[BaseException], ...]:
     """What an engine raises when it refuses a graph or an input; onnxruntime's own types share no base."""
     own = vars(sys.modules.get("onnxruntime.capi.onnxruntime_pybind11_state", object)).values()
-    kinds = (kind for kind in own if isinstance(kind, type) and issubclass(kind, Exception))
-    return (RuntimeError, ValueError, *kinds)
+    return (RuntimeError, ValueError, *(k for k in own if isinstance(k, type) and issubclass(k, Exception)))
 
 
 class Model:
@@ -303,10 +300,9 @@ class Model:
         data = _read(folder, _get(self._variant, "file", str), _get(self._variant, "sha256", str))
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, min(threads or _get(self._variant, "session.threads", int, 1), usable))
+        start, names = _OPEN[self.runtime], [_get(end, "name", str) for end in ends]
         try:
-            self._run = _OPEN[self.runtime](
-                data, self._variant, threads, [_get(e, "name", str) for e in ends]
-            )
+            self._run = start(data, self._variant, threads, names)
         except _engine_errors() as error:
             raise BundleError(f"{self.runtime} refused the variant '{self.variant}': {error}") from error
         self._start_s = time.perf_counter() - started
@@ -325,6 +321,8 @@ class Model:
             logits: Floats = self._run(np.ascontiguousarray(array))
         except _engine_errors() as error:
             raise BundleError(f"the variant '{self.variant}' failed: {error}") from error
+        if np.shape(logits) != (len(array), len(self.classes)):
+            raise BundleError(f"the labels are of another model: '{self.variant}' gave {np.shape(logits)}")
         return logits
 
     def predict(self, images: object, *, batch_size: int = 32) -> Prediction:
@@ -357,7 +355,7 @@ class Model:
             golden, expected = (np.load(file, allow_pickle=False) for file in data)
             found = float(np.abs(self(golden) - expected).max())
             ok = found <= _get(self._variant, "tolerance.max_abs", float)
-        except (EOFError, OverflowError, ValueError) as error:
+        except (EOFError, MemoryError, OverflowError, ValueError) as error:
             raise BundleError(f"{self._folder}: golden values that cannot be used: {error}") from error
         pages = _STATM.read_text().split()[1] if _STATM.exists() else None
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -275,6 +276,11 @@ def text(value: str) -> Callable[[Path], object]:
             "a bundle is a folder",
         ),
         (text('{"format": "edgekd-bundle", "vers'), "is not valid JSON", "copy the bundle again"),
+        (
+            lambda folder: os.truncate(folder / "manifest.json", 2**31),
+            "has 2147483648 bytes, a manifest has less than",
+            "copy the bundle again",
+        ),
         (text("[" * 100_000), "is not valid JSON", "copy the bundle again"),
         (text("\udcff".encode("utf-8", "surrogateescape").decode("latin-1")), "is not valid JSON", "copy"),
         (text("[1]"), "expected format 'edgekd-bundle', got None", "right folder"),
@@ -338,6 +344,7 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object], str]] = {
         "models/notes.txt is not listed in the manifest",
     ),
     "extra link": (lambda f: (f / "link").symlink_to("/"), "link is not listed in the manifest"),
+    "huge": (lambda f: os.truncate(f / "models/ov.onnx", 2**31), "'models/ov.onnx' has 2 GiB or more"),
     "folder": (put_folder, "models/ov.onnx cannot be read: Is a directory"),
     "bytes": (
         lambda f: set_variant(f, 0, {"bytes": 1}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from sample_bundle import CLASSES, GREY, RGB, edit_manifest, raw_logits, sample_bundle, set_variant
 
 from edgekd import runtime
+from edgekd.bundle import verify_bundle
 from edgekd.runtime import BundleError, load, main
 from edgekd.spec import Preprocessing
 
@@ -137,6 +140,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "variant is text": (set_key("variants", ["ort"]), "key 'id': expected str, got None"),
     "labels missing": (set_key("labels", None), "key 'labels': expected list, got None"),
     "two inputs": (lambda f: edit_manifest(f, lambda m: m["inputs"].append(m["inputs"][0])), "one input"),
+    "huge model": (
+        lambda folder: os.truncate(folder / "models/ort.onnx", 2**31),  # sparse
+        r"'models/ort\.onnx' has 2 GiB or more",
+    ),
+    "huge manifest": (
+        lambda folder: os.truncate(folder / "manifest.json", 2**31),
+        "not a readable JSON",
+    ),
     "zero std": (
         lambda f: edit_manifest(f, lambda m: m["inputs"][0]["preprocess"].update(std=[0.0])),
         "key 'preprocess': values that cannot be used",
@@ -343,3 +354,39 @@ def test_an_answer_that_is_not_finite_is_an_error(bundle: Path) -> None:
     model._run = lambda array: np.full((len(array), 3), np.nan, np.float32)
     with pytest.raises(BundleError, match="not finite"):
         model.predict(IMAGES)
+
+
+@pytest.mark.parametrize("labels", [["bag"], ["a", "b", "c", "d"]])
+def test_labels_of_another_model_are_refused_at_the_first_call(bundle: Path, labels: list[str]) -> None:
+    edit_manifest(bundle, lambda manifest: manifest.update(labels=labels))
+    with pytest.raises(BundleError, match=r"labels are of another model: 'ort' gave \(1, 3\)"):
+        load(bundle).predict(np.zeros((8, 10), np.uint8))
+
+
+@pytest.mark.parametrize("variant", ["ort", "ov"])
+def test_an_input_size_of_another_model_is_refused(bundle: Path, variant: str) -> None:
+    fixed = onnx.load(bundle / "models" / f"{variant}.onnx")
+    for dim, size in zip(fixed.graph.input[0].type.tensor_type.shape.dim, (1, 1, 8, 10), strict=True):
+        dim.dim_value = size
+    data = fixed.SerializeToString()
+    (bundle / "models" / f"{variant}.onnx").write_bytes(data)
+    index = ["ort", "ov"].index(variant)
+    set_variant(bundle, index, {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+    edit_manifest(bundle, lambda manifest: manifest["inputs"][0]["preprocess"].update(resize=[9, 9]))
+    with pytest.raises(BundleError, match=variant):
+        load(bundle, variant=variant, selftest=False).predict(np.zeros((8, 10), np.uint8))
+
+
+@pytest.mark.parametrize("count", [2**40, 5])
+def test_golden_values_with_a_header_that_lies_are_refused(bundle: Path, count: int) -> None:
+    """More images than the file holds: one number of the size of the disk, one just too many."""
+    header = io.BytesIO()
+    told = {"descr": "<f4", "fortran_order": False, "shape": (count, 1, 8, 10)}
+    np.lib.format.write_array_header_1_0(header, told)
+    data = header.getvalue() + bytes(4 * 4 * 80)
+    (bundle / "golden" / "input.npy").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    edit_manifest(bundle, lambda manifest: manifest["golden"].update(input_sha256=digest))
+    with pytest.raises(BundleError, match="golden values that cannot be used"):
+        load(bundle).selftest()
+    assert any("is not a NumPy array" in problem for problem in verify_bundle(bundle))
