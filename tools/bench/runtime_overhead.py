@@ -101,7 +101,7 @@ def main() -> None:
             seconds[name].append(import_seconds(code))
     engine, both = (statistics.median(seconds[name]) for name in codes)
     extra = statistics.median(b - a for a, b in zip(seconds["engine"], seconds["both"], strict=True))
-    print(f"\nimport: numpy and onnxruntime {engine * 1e3:.0f} ms CPU, edgekd.runtime too {both * 1e3:.0f} ms; "
+    print(f"\nimport: numpy and onnxruntime {engine * 1e3:.0f} ms CPU, with edgekd.runtime {both * 1e3:.0f}; "
           f"median difference {extra * 1e3:.0f} ms over {arguments.starts} pairs")  # fmt: skip
 
 
