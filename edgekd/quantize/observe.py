@@ -18,12 +18,13 @@ from edgekd.quantize.samples import Feeds
 from edgekd.quantize.scheme import Grid, QuantScheme
 
 _NOTHING = 1e-6  # the narrowest range of a histogram
+_VALUES = 2**17  # of one tensor and batch that a histogram takes
 Batches = Callable[[], Iterable[Feeds]]
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Of all values of one tensor: the range, and a histogram over it."""
+    """Of one tensor: the range of its values and of 0, which every grid holds, and a histogram over it."""
 
     low: float
     high: float
@@ -51,7 +52,7 @@ def observe(model: onnx.ModelProto, tensors: list[str], batches: Batches) -> dic
         DataError: a tensor holds NaN or infinity; names the operator that makes it.
     """
     session = OnnxRuntimeBackend().open_graph(with_outputs(model, tensors).SerializeToString())
-    low, high = dict.fromkeys(tensors, np.inf), dict.fromkeys(tensors, -np.inf)
+    low, high = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
     for feeds in batches():
         seen = feeds | session.run(feeds)
         for name in tensors:
@@ -67,8 +68,16 @@ def observe(model: onnx.ModelProto, tensors: list[str], batches: Batches) -> dic
     for feeds in batches():
         seen = feeds | session.run(feeds)
         for name in tensors:
-            histograms[name] += np.histogram(seen[name], BINS, (low[name], reach[name]))[0]
+            histograms[name] += _histogram(seen[name], low[name], reach[name])
     return {name: Observation(low[name], reach[name], histograms[name]) for name in tensors}
+
+
+def _histogram(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.int64]:
+    """Counts of `BINS` bins of equal width; of a large tensor, of values at a regular distance."""
+    flat = values.reshape(-1)
+    flat = flat[:: len(flat) // _VALUES | 1]
+    bins = ((flat - low) * (BINS / (high - low))).astype(np.int64)
+    return np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
 
 
 def _not_finite(model: onnx.ModelProto, tensor: str, feeds: Feeds) -> tuple[str, str]:

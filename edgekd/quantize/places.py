@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,12 +21,13 @@ _POOLS = ("GlobalAveragePool", "AveragePool")
 # Values move and do not change: input and output share one grid.
 _MOVERS = ("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Resize", "Split", "Slice")
 # What each dialect's runtime runs in integers beside the layers; the first asks for quantized outputs too.
-_JOINS = {
+JOINS = {
     "x86-u8-relu0": ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", *_POOLS),
     "arm-s8": ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", *_POOLS),
     "openvino-u8": ("Add", "Concat", *_POOLS),
     "trt-s8sym": ("Add", *_POOLS),
 }
+_UNEVEN = 8.0  # times the smallest range among the inputs of a concatenation
 _OUTPUTS_TOO = ("x86-u8-relu0", "arm-s8")
 
 
@@ -103,7 +104,7 @@ class _Finder:
             for name in dict.fromkeys(reads(node)):
                 self._readers.setdefault(name, []).append(node)
         self._results = {value.name for value in graph.output}
-        self._joins = _JOINS.get(scheme.dialect, ())
+        self._joins = JOINS.get(scheme.dialect, ())
         self._outputs_too = scheme.dialect in _OUTPUTS_TOO
         kinds = [node.op_type for node in graph.node]
         self._attention = "LayerNormalization" in kinds or {"Softmax", "ReduceMean", "Sqrt"} <= set(kinds)
@@ -190,6 +191,21 @@ class _Finder:
         if self._computed(source) and rank is not None and rank >= (4 if self._attention else 3):
             self._same_as[tensor] = source
             self._follow(source)
+
+
+def without_uneven_joins(places: Places, reach: Mapping[str, float]) -> Places:
+    """Leave concatenations in float whose inputs have very different ranges, such as boxes beside scores: one
+    grid for all would swallow the small ones, and OpenVINO puts them on one even where each has its own.
+
+    Args:
+        reach: the largest magnitude of each tensor, by its `root`.
+    """
+
+    def even(operation: Operation) -> bool:
+        found = [reach[places.root(tensor)] for tensor in operation.reads]
+        return operation.kind != "Concat" or max(found) <= _UNEVEN * min(found)
+
+    return Places({name: one for name, one in places.operations.items() if even(one)}, places.same_as)
 
 
 def weight_matrix(weight: NDArray[np.float32], operation: Operation) -> NDArray[np.float32]:

@@ -12,7 +12,14 @@ from edgekd.backends.macs import compute_nodes
 from edgekd.files import write_bytes
 from edgekd.quantize.observe import Batches, grids_of, observe
 from edgekd.quantize.onnx_file import FloatModel
-from edgekd.quantize.places import Places, find_places, weight_codes, weight_scales
+from edgekd.quantize.places import (
+    JOINS,
+    Places,
+    find_places,
+    weight_codes,
+    weight_scales,
+    without_uneven_joins,
+)
 from edgekd.quantize.reconstruct import reconstruct
 from edgekd.quantize.scheme import QuantScheme
 from edgekd.quantize.sensitivity import Sensitivity, rank, shortest_prefix
@@ -25,7 +32,7 @@ _BIAS_STEPS = 2.0**30
 @dataclass(frozen=True)
 class Judges:
     """`damage`: a smooth distance of a graph's outputs to the float ones on the samples that choose;
-    `rough` the same on fewer samples; `drop` what the budget limits."""
+    `rough` the same on fewer samples; `drop` what the budget limits, on the runtime of the dialect."""
 
     damage: Callable[[onnx.ModelProto], float]
     rough: Callable[[onnx.ModelProto], float]
@@ -54,6 +61,8 @@ class PostTraining:
         self._observed = observe(
             model.model, sorted({self.places.root(t) for t in self.places.tensors()}), batches
         )
+        reach = {name: max(-seen.low, seen.high) for name, seen in self._observed.items()}
+        self.places = without_uneven_joins(self.places, reach)
         self._values = model.values
         self._signed = scheme.dialect in SIGNED
 
@@ -153,6 +162,14 @@ def quantize_graph(
     made = [Quantized(whole, scheme.dialect, how, tried)]
     if drop <= limit:
         return made
+    if scheme.dialect == "openvino-u8":
+        for kinds in (("Concat",), JOINS["openvino-u8"]):
+            floats = [name for name, one in work.places.operations.items() if one.kind in kinds]
+            less = work.write(numbers, [name for name in work.places.operations if name not in floats])
+            if floats and judges.drop(less) <= limit:
+                reporter[0](f"  {scheme.dialect}: all in int8 loses {drop:.2f} points on that runtime "
+                            f"(limit {limit:g}); {', '.join(kinds)} stay float")  # fmt: skip
+                return [*made, Quantized(less, scheme.dialect, how, tried, tuple(floats))]
     rows = work.sensitivity(numbers, judges, reporter[1])
     mixed = work.mixed(numbers, judges, limit, rows)
     if mixed is not None:

@@ -18,10 +18,12 @@ DEFAULT_DROP: dict[Kind, float] = {"accuracy": 1.0, "agreement": 3.0, "error": 1
 class Quality:
     """`drop`, in points, is what budgets limit: lost accuracy where there are labels; else the share of
     samples whose class changed; else, of an output that is no classification, the root mean square error
-    over that of the signal, in percent. `signal_to_noise_db`: ``10 log10(sum f^2 / sum (f - q)^2)``."""
+    over that of the signal, in percent. `standard_error` of the drop, from the samples whose answer changed.
+    `signal_to_noise_db`: ``10 log10(sum f^2 / sum (f - q)^2)``."""
 
     kind: Kind
     drop: float
+    standard_error: float
     accuracy: float | None
     agreement: float | None
     signal_to_noise_db: float
@@ -41,18 +43,20 @@ def judge(exact: NDArray[np.float32], got: NDArray[np.float32], labels: NDArray[
     """Compare the first output of the float model with that of another, sample by sample."""
     kind = kind_of_output(exact, labels)
     if not np.isfinite(got).all():
-        return Quality(kind, 100.0, None, None, -math.inf)
+        return Quality(kind, 100.0, 0.0, None, None, -math.inf)
     signal = float(np.square(exact.astype(np.float64)).sum())
     noise = float(np.square(exact.astype(np.float64) - got).sum())
     decibel = 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
     if kind == "error":
-        return Quality(kind, 100 * math.sqrt(noise / max(signal, 1e-30)), None, None, decibel)
+        return Quality(kind, 100 * math.sqrt(noise / max(signal, 1e-30)), 0.0, None, None, decibel)
     agreement = float((exact.argmax(1) == got.argmax(1)).mean())
     if kind == "agreement" or labels is None:
-        return Quality(kind, 100 * (1 - agreement), None, agreement, decibel)
-    right = float((got.argmax(1) == labels).mean())
-    drop = 100 * (float((exact.argmax(1) == labels).mean()) - right)
-    return Quality(kind, drop, right, agreement, decibel)
+        error = 100 * math.sqrt(agreement * (1 - agreement) / len(exact))
+        return Quality(kind, 100 * (1 - agreement), error, None, agreement, decibel)
+    before, after = exact.argmax(1) == labels, got.argmax(1) == labels
+    error = 100 * math.sqrt(float((before != after).sum())) / len(labels)
+    drop = 100 * float(before.mean() - after.mean())
+    return Quality(kind, drop, error, float(after.mean()), agreement, decibel)
 
 
 def divergence(exact: NDArray[np.float32], got: NDArray[np.float32]) -> float:

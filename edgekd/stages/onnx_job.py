@@ -187,9 +187,18 @@ class Job:
             return float("inf")
         return divergence(exact[: len(got)], got)
 
-    def drop(self, model: onnx.ModelProto) -> float:
-        """Points lost on the samples that choose."""
-        return self.quality(self.outputs(model, self.parts.choice), "choice").drop
+    def drop(self, model: onnx.ModelProto, runtime: str) -> float:
+        """Points lost on the samples that choose, less one standard error: what is within the noise of these
+        samples is no reason to leave an operator in float. Infinite where the runtime refuses the graph."""
+        path = self.folder / "trial.onnx"
+        write_bytes(path, model.SerializeToString())
+        try:
+            found = self.quality(self.outputs_on(path, runtime, "f32", self.parts.choice), "choice")
+        except BackendError:
+            return float("inf")
+        finally:
+            path.unlink()
+        return found.drop - found.standard_error
 
     def calibration_facts(self) -> dict[str, Any]:
         """What the record keeps of the samples."""

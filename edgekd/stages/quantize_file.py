@@ -26,8 +26,8 @@ from edgekd.target import Target
 RECORD, KEPT = "quantize.json", "model.onnx"
 _ROUNDS = 40
 _UNKNOWN = (
-    "drop", "accuracy", "agreement", "signal_to_noise_db", "int8_coverage_nodes", "int8_coverage_macs",
-    "kernels", "float_layers", "latency_p50_ms", "latency_p90_ms", "cpu_p50_ms",
+    "drop", "standard_error", "accuracy", "agreement", "signal_to_noise_db", "int8_coverage_nodes",
+    "int8_coverage_macs", "kernels", "float_layers", "latency_p50_ms", "latency_p90_ms", "cpu_p50_ms",
 )  # fmt: skip
 _TIE = 0.03  # candidates this close in latency are told apart by accuracy, then by size
 
@@ -124,9 +124,9 @@ def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]
     if scheme.dialect == "none":
         job.reporter.say(f"  the card says that int8 does not pay: {wanted.target.quant.source}")
         return []
-    judges = Judges(job.damage, lambda model: job.damage(model, rough=True), job.drop)
     made: list[Quantized] = []
     for one in _schemes(scheme, wanted.target):
+        judges = _judges(job, one.dialect)
         job.reporter.say(f"  {one.dialect}: divergence from float by calibrator")
         made += quantize_graph(
             job.model,
@@ -138,6 +138,21 @@ def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]
             reporter=(job.reporter.say, job.reporter.step),
         )
     return made
+
+
+def _judges(job: Job, dialect: str) -> Judges:
+    """Distances on ONNX Runtime, which is quick to load a graph; what the budget limits on the runtime that
+    the dialect is for, because two runtimes do not always compute the same of one graph."""
+    try:
+        runtime = backend("openvino" if dialect == "openvino-u8" else "onnxruntime")
+        runtime.version()
+    except MissingExtraError:
+        runtime = backend("onnxruntime")
+    return Judges(
+        job.damage,
+        lambda model: job.damage(model, rough=True),
+        lambda model: job.drop(model, runtime.name),
+    )
 
 
 def _schemes(scheme: QuantScheme, target: Target) -> list[QuantScheme]:
