@@ -168,8 +168,13 @@ for _name, (_text, _files) in _STAGE_HELP.items():
     type=click.Choice(["8", "4"]),
     help="Of MODEL, also a candidate for size: bits of weights.",
 )
+@click.option(
+    "--compare-engines",
+    is_flag=True,
+    help="Of MODEL, also candidates by onnxruntime, nncf, neural-compressor.",
+)
 @_recipe_options
-def quantize(model: Path | None, weights_only: str | None, **given: Any) -> None:
+def quantize(model: Path | None, weights_only: str | None, compare_engines: bool, **given: Any) -> None:
     """Quantize an ONNX file, or run all stages of a student up to quantization.
 
     With MODEL, a float .onnx file of any origin: calibrate on --data, try, leave in float what breaks,
@@ -182,12 +187,14 @@ def quantize(model: Path | None, weights_only: str | None, **given: Any) -> None
     Without MODEL: edgekd quantize --target jetson --out runs/jetson
     """
     if model is None:
-        if weights_only:
-            raise click.UsageError("--weights-only needs a MODEL.onnx")
+        if weights_only or compare_engines:
+            raise click.UsageError("--weights-only and --compare-engines need a MODEL.onnx")
         _run("quantize", **given)
         return
     mean, std = (_numbers(name, given[name]) if given[name] else [] for name in ("mean", "std"))
-    quantizing.quantize_model(model, given | {"weights_only": weights_only}, mean, std)
+    quantizing.quantize_model(
+        model, given | {"weights_only": weights_only, "compare_engines": compare_engines}, mean, std
+    )
 
 
 @cli.command()

@@ -55,6 +55,7 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
         given["max_latency_ms"],
         given["max_size_mib"],
         int(given["weights_only"] or 0),
+        given["compare_engines"],
         given["threads"] or recipe.profile.threads,
         recipe.seed if given["seed"] is None else given["seed"],
     )
@@ -84,4 +85,6 @@ def _print(record: dict[str, Any], console: Console) -> None:
         ]
         table.add_row("*" if row["id"] == record["chosen"] else "", row["id"], *told, row["reason"][:60])
     console.console.print(table)
+    for name, why in record["engines_failed"].items():
+        console.say(f"engine {name} has no row: {why}")
     console.say(f"kept: {record['kept']} ({record['reason']})")

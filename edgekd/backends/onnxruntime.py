@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -187,6 +188,34 @@ class OnnxRuntimeBackend:
             for node, ms in zip(graph.nodes, times, strict=True)
         )
         return Coverage(tuple(layers))
+
+
+def quantize_static(model: Path, to: Path, batches: Iterable[Feeds], kinds: list[str] | None) -> None:
+    """The package's own static quantization: QDQ, uint8 activations, int8 weights per channel, min-max.
+
+    Args:
+        kinds: operators to quantize; None is all that it knows.
+    """
+    _engine()
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc] # the package has no types
+        def __init__(self) -> None:
+            self._feeds = iter(batches)
+
+        def get_next(self) -> Feeds | None:
+            return next(self._feeds, None)
+
+    quantization.quantize_static(
+        str(model),
+        str(to),
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        per_channel=True,
+        op_types_to_quantize=kinds,
+    )
 
 
 class _Graph:

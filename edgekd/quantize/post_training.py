@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -23,6 +23,7 @@ from edgekd.quantize.places import (
 from edgekd.quantize.reconstruct import reconstruct
 from edgekd.quantize.scheme import QuantScheme
 from edgekd.quantize.sensitivity import Sensitivity, rank, shortest_prefix
+from edgekd.quantize.smooth import smoothed
 from edgekd.quantize.writing import Codes, Numbers, write_quantized
 
 SIGNED = ("trt-s8sym", "arm-s8")
@@ -159,6 +160,16 @@ def quantize_graph(
     numbers, how, tried = work.best(judges, calibrators, reporter[0])
     whole = work.write(numbers)
     drop = judges.drop(whole)
+    even = smoothed(model.model, batches) if drop > limit else None
+    if even is not None:
+        reporter[0](f"  {scheme.dialect}: {drop:.2f} points lost; the same with ranges moved")
+        other = PostTraining(replace(model, model=even), scheme, batches)
+        theirs, name, damage = other.best(judges, calibrators, reporter[0])
+        tried |= {f"smoothed, {one}": value for one, value in damage.items()}
+        if damage[name] < tried[how]:
+            work, numbers, how = other, theirs, f"smoothed, {name}"
+            whole = work.write(numbers)
+            drop = judges.drop(whole)
     made = [Quantized(whole, scheme.dialect, how, tried)]
     if drop <= limit:
         return made

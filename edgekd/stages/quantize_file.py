@@ -14,6 +14,7 @@ from edgekd.backends import Coverage, backend
 from edgekd.errors import BackendError, InfeasibleBudgetError, MissingExtraError, UnsupportedModelError
 from edgekd.files import write_bytes, write_json
 from edgekd.profiler import Protocol, Variant, environment, measure
+from edgekd.quantize.engines import engine_names, run_engine
 from edgekd.quantize.onnx_file import load_float
 from edgekd.quantize.post_training import Judges, Quantized, quantize_graph
 from edgekd.quantize.quality import DEFAULT_DROP
@@ -21,6 +22,7 @@ from edgekd.quantize.samples import Pixels, load_samples
 from edgekd.quantize.scheme import QuantScheme, scheme_for
 from edgekd.run import Reporter
 from edgekd.stages.onnx_job import Job
+from edgekd.stages.onnx_parity import parity_rows
 from edgekd.target import Target
 
 RECORD, KEPT = "quantize.json", "model.onnx"
@@ -48,13 +50,15 @@ class Wanted:
     max_latency_ms: float | None = None
     max_size_mib: float | None = None
     weights_only: int = 0
+    compare_engines: bool = False
     threads: int = 1
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A file on a runtime. `form`: fp32, bf16, int8, mixed, w8, w4; `made`: how it was quantized."""
+    """A file on a runtime. `form`: fp32, bf16, int8, mixed, w8, w4; `made`: how it was quantized; `by`: what
+    quantized it."""
 
     id: str
     form: str
@@ -62,6 +66,7 @@ class Candidate:
     runtime: str
     precision: str = "f32"
     made: Quantized | None = None
+    by: str = "edgekd"
 
 
 def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
@@ -92,7 +97,11 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
     )
     made = _quantized_graphs(job, wanted, limit)
     candidates = _candidates(job, wanted, made)
+    failed: dict[str, str] = {}
+    if wanted.compare_engines:
+        candidates += _engines(job, candidates, failed)
     rows = _measure(job, wanted, candidates)
+    parity = _parity(job, candidates)
     chosen, reason = choose(rows, limit, wanted, quantized=bool(made))
     by_id = {candidate.id: candidate for candidate in candidates}
     kept = wanted.folder / KEPT
@@ -108,6 +117,8 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         "chosen": chosen["id"],
         "reason": reason,
         "kept": str(kept),
+        "engines_failed": failed,
+        "parity": parity,
         "tried": {f"{one.dialect}{' mixed' if one.floats else ''}": one.tried for one in made},
         "float_operators": {one.dialect: list(one.floats) for one in made if one.floats},
         "sensitivity": {one.dialect: [asdict(s) for s in one.sensitivity] for one in made if one.sensitivity},
@@ -195,6 +206,25 @@ def _candidates(job: Job, wanted: Wanted, made: list[Quantized]) -> list[Candida
     return found
 
 
+def _engines(job: Job, ours: list[Candidate], failed: dict[str, str]) -> list[Candidate]:
+    """Candidates by the other engines, on the same samples and runtimes; `failed` gets why one has none."""
+    found = []
+    for name in engine_names():
+        try:
+            made = run_engine(name, job.model, lambda: job.batches(job.parts.calibration))
+        except (BackendError, MissingExtraError) as error:
+            failed[name] = error.message
+            job.reporter.say(f"  engine {name}: {error.message}")
+            continue
+        path = job.folder / f"int8-{name}.onnx"
+        _save(made, path)
+        runtimes = dict.fromkeys(one.runtime for one in ours)
+        found += [
+            Candidate(f"{runtime}-int8-by-{name}", "int8", path, runtime, by=name) for runtime in runtimes
+        ]
+    return found
+
+
 def _save(model: onnx.ModelProto, path: Path) -> None:
     model.producer_name = "edgekd"
     write_bytes(path, model.SerializeToString(deterministic=True))
@@ -210,6 +240,7 @@ def _measure(job: Job, wanted: Wanted, candidates: list[Candidate]) -> list[dict
             "form": one.form,
             "runtime": one.runtime,
             "precision": one.precision,
+            "engine": one.by,
             "file": str(one.path),
             "size_mib": one.path.stat().st_size / 2**20,
             "how": one.made.how if one.made else "",
@@ -267,6 +298,21 @@ def _time(job: Job, wanted: Wanted, candidates: list[Candidate], rows: dict[str,
             "latency_p90_ms": latency.wall_p90_ms,
             "cpu_p50_ms": latency.cpu_p50_ms,
         }
+
+
+def _parity(job: Job, candidates: list[Candidate]) -> list[dict[str, Any]]:
+    """Each int8 file on every executor, over a batch of the samples that decide."""
+    feeds = next(iter(job.batches(job.parts.choice)))
+    inputs = job.folder / "latency" / "batch.npz"
+    inputs.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(inputs, **feeds)  # type: ignore[arg-type]
+    files = dict.fromkeys(one.path for one in candidates if one.form in ("int8", "mixed"))
+    rows = []
+    for number, path in enumerate(files):
+        job.reporter.step("compare executors", number, len(files))
+        rows += parity_rows(path, inputs)
+    job.reporter.step("compare executors", len(files), len(files))
+    return rows
 
 
 def choose(

@@ -15,15 +15,25 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.backends import backend
 from edgekd.cli import cli
-from edgekd.errors import DataError, EdgekdError, InfeasibleBudgetError, UnsupportedModelError, UsageError
+from edgekd.errors import (
+    BackendError,
+    DataError,
+    EdgekdError,
+    InfeasibleBudgetError,
+    UnsupportedModelError,
+    UsageError,
+)
+from edgekd.quantize import engines
 from edgekd.quantize.onnx_file import load_float
 from edgekd.quantize.post_training import PostTraining
 from edgekd.quantize.quality import divergence, judge
 from edgekd.quantize.samples import Pixels, digest, load_samples
 from edgekd.quantize.scheme import scheme_for
+from edgekd.quantize.smooth import smoothed
 from edgekd.quantize.weight_only import write_weight_only
 from edgekd.run import Silent
 from edgekd.stages.onnx_job import Job
+from edgekd.stages.onnx_parity import parity_rows
 from edgekd.stages.quantize_file import RECORD, Wanted, quantize_file
 from edgekd.target import find_target
 
@@ -350,3 +360,112 @@ def test_a_file_without_samples_or_with_options_of_a_run_is_refused(
     done = CliRunner().invoke(cli, ["quantize", str(cnn(tmp_path / "m.onnx")), *more])
     assert isinstance(done.exception, UsageError)
     assert told in done.exception.message + done.exception.hint
+
+
+# ---------------------------------------------------------------- ranges that are moved, other engines
+
+
+def test_smoothing_keeps_the_function_and_saves_a_transformer_with_outliers(tmp_path: Path) -> None:
+    model = load_float(attention(tmp_path / "m.onnx", outlier=60.0))
+    tokens = np.random.default_rng(0).standard_normal((64, 8, 32)).astype("f4")
+    even = smoothed(model.model, lambda: iter([{"x": tokens}]))
+    assert even is not None
+    onnx.save(even, tmp_path / "even.onnx")
+    exact = backend("onnxruntime").open(tmp_path / "m.onnx").run(tokens)
+    same = backend("onnxruntime").open(tmp_path / "even.onnx").run(tokens)
+    np.testing.assert_allclose(same, exact, rtol=1e-3, atol=1e-4)
+    decibel = []
+    for graph in (model.model, even):
+        work = PostTraining(
+            replace(model, model=graph), scheme_for(find_target("x86")), lambda: iter([{"x": tokens}])
+        )
+        onnx.save(work.write(work.numbers("min-max")), tmp_path / "q.onnx")
+        got = backend("onnxruntime").open(tmp_path / "q.onnx").run(tokens)
+        decibel.append(judge(exact, got, None).signal_to_noise_db)
+    assert decibel[1] > decibel[0] + 6
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_equalised_convolutions_compute_the_same_with_even_ranges(tmp_path: Path, depthwise: bool) -> None:
+    draw = np.random.default_rng(0)
+    spread = (10.0 ** draw.uniform(-1.5, 1.5, 8)).astype("f4")
+    first = draw.standard_normal((8, 3, 3, 3)).astype("f4") * spread.reshape(-1, 1, 1, 1)
+    second = draw.standard_normal((8, 1 if depthwise else 8, 3, 3)).astype("f4")
+    nodes = [
+        helper.make_node("Conv", ["x", "a.w", "a.b"], ["a"], "a"),
+        helper.make_node("Relu", ["a"], ["r"], "r"),
+        helper.make_node("Conv", ["r", "b.w"], ["y"], "b", group=8 if depthwise else 1),
+    ]
+    weights = {"a.w": first, "a.b": draw.standard_normal(8).astype("f4"), "b.w": second}
+    model = load_float(save_model(nodes, weights, tmp_path / "m.onnx"))
+    even = smoothed(model.model, lambda: iter(()))
+    assert even is not None
+    onnx.save(even, tmp_path / "even.onnx")
+    np.testing.assert_allclose(
+        floats(tmp_path / "even.onnx"), floats(tmp_path / "m.onnx"), rtol=1e-3, atol=1e-3
+    )
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in even.graph.initializer}
+    reach = np.abs(stored["a.w"]).reshape(8, -1).max(1)
+    assert (
+        reach.max() / reach.min()
+        < 0.2 * np.abs(first).reshape(8, -1).max(1).max() / np.abs(first).reshape(8, -1).max(1).min()
+    )
+
+
+def test_another_engine_is_a_row_and_a_failing_one_a_line(tmp_path: Path) -> None:
+    job = wanted(tmp_path, cnn(tmp_path / "m.onnx"), store_pictures(tmp_path / "d.npz"), compare_engines=True)
+    record = quantize_file(job, Silent())
+    theirs = {row["id"]: row for row in record["candidates"] if row["engine"] == "onnxruntime"}
+    assert theirs.keys() == {"onnxruntime-int8-by-onnxruntime", "openvino-int8-by-onnxruntime"}
+    assert all(row["drop"] is not None and row["cpu_p50_ms"] > 0 for row in theirs.values())
+    assert "neural-compressor" in record["engines_failed"]
+
+
+def test_an_engine_that_raises_anything_is_told_by_its_own_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: object, batches: object) -> onnx.ModelProto:
+        raise KeyError("no such node")
+
+    monkeypatch.setitem(engines._TABLE, "nncf", broken)
+    with pytest.raises(BackendError, match="nncf: KeyError: 'no such node'"):
+        engines.run_engine("nncf", load_float(cnn(tmp_path / "m.onnx")), lambda: iter(()))
+    with pytest.raises(UsageError, match="unknown engine 'ncf'"):
+        engines.run_engine("ncf", load_float(tmp_path / "m.onnx"), lambda: iter(()))
+
+
+# ---------------------------------------------------------------- executors and processors
+
+
+def test_executors_agree_and_the_names_of_the_kernels_prove_the_old_processor(tmp_path: Path) -> None:
+    """Weights of 7 bits, which a processor without VNNI adds without overflow."""
+    work = _post_training(cnn(tmp_path / "m.onnx"), "x86-avx2")
+    onnx.save(work.write(work.numbers("min-max")), tmp_path / "q.onnx")
+    np.savez(tmp_path / "x.npz", x=pictures(32).transpose(0, 3, 1, 2).astype(np.float32) / 255)
+    rows = {row["executor"]: row for row in parity_rows(tmp_path / "q.onnx", tmp_path / "x.npz")}
+    assert not any(row["reason"] for row in rows.values())
+    assert all(row["max_steps"] <= 6 and row["top1_agreement"] > 0.9 for row in rows.values())
+    old = [name for name in rows["openvino AVX2"]["kernels"] if "conv" in name.lower()]
+    assert old and all("avx512" not in name and "amx" not in name for name in old)
+
+
+def test_products_that_overflow_sixteen_bits_are_seen_only_with_weights_of_eight(tmp_path: Path) -> None:
+    """255 * 127 + 255 * 127 is beyond 32767: such a layer differs on AVX2 unless its weights have 7 bits."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"], "pool"),
+        helper.make_node("Flatten", ["p"], ["y"], "flat"),
+    ]
+    weights = {"w": np.ones((8, 64, 1, 1), "f4")}
+    weights["w"][::2] = -1
+    shape = ("N", 64, 8, 8)
+    model = load_float(save_model(nodes, weights, tmp_path / "m.onnx", shape=shape))
+    full = np.ones((4, 64, 8, 8), "f4")
+    np.savez(tmp_path / "x.npz", x=full)
+    differs = {}
+    for target in ("x86", "x86-avx2"):
+        work = PostTraining(model, scheme_for(find_target(target)), lambda: iter([{"x": full}]))
+        onnx.save(work.write(work.numbers("min-max")), tmp_path / "q.onnx")
+        rows = {row["executor"]: row for row in parity_rows(tmp_path / "q.onnx", tmp_path / "x.npz")}
+        differs[target] = rows["openvino AVX2"]["max_abs"]
+    assert differs["x86-avx2"] < 1.0 < 20 < differs["x86"]
