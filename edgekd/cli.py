@@ -207,24 +207,31 @@ def quantize(model: Path | None, weights_only: str | None, compare_engines: bool
 @click.option("--precision", default="f32", show_default=True, type=click.Choice(["f32", "bf16"]))
 @click.option("--threads", default=1, show_default=True, type=int)
 @click.option("--calls", default=200, show_default=True, type=click.IntRange(64))
+@click.option("--on", "urls", multiple=True, metavar="ssh://USER@HOST",
+              help="Measure there; several times for several devices at once (docs/remote.md).")  # fmt: skip
+@click.option("--ssh-config", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Of ssh, in place of your own.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers on stdout as JSON.")
-def profile(
-    models: tuple[Path, ...],
-    backends: tuple[str, ...],
-    precision: str,
-    threads: int,
-    calls: int,
-    as_json: bool,
-) -> None:
+def profile(models: tuple[Path, ...], backends: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Latency and int8 coverage of ONNX files at batch 1, interleaved in one fresh process.
 
+    \b
     Example: edgekd profile float.onnx int8.onnx --backend openvino
+    Devices: edgekd profile int8.onnx --backend onnxruntime --on ssh://pi@board --on ssh://pi@other
     """
-    from edgekd.stages.files import profile_files
+    from edgekd.profiler import Protocol
+    from edgekd.remote import ssh_device
+    from edgekd.stages.files import profile_files, profile_on
 
-    listings.emit(
-        profile_files(models, backends or ("onnxruntime", "openvino"), precision, threads, calls), as_json
-    )
+    rounds = 40
+    protocol = Protocol(given["threads"], rounds, -(-given["calls"] // rounds))
+    if given["urls"]:
+        devices = [ssh_device(url, config=given["ssh_config"]) for url in given["urls"]]
+        wanted = (backends or ("onnxruntime",), given["precision"])
+        listings.emit(profile_on(devices, models, wanted, protocol), as_json)
+        return
+    wanted = (backends or ("onnxruntime", "openvino"), given["precision"])
+    listings.emit(profile_files(models, *wanted, protocol), as_json)
 
 
 @cli.command()

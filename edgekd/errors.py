@@ -109,6 +109,12 @@ class DeviceMemoryError(EdgekdError):
     exit_code = 22
 
 
+class DeviceError(EdgekdError):
+    """A remote device cannot be reached, refuses, is full, or was lost."""
+
+    exit_code = 23
+
+
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> tuple[str, str]:
     """Message and hint for a name that is not in a table, with the nearest known name."""
     names = sorted(known)

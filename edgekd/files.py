@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edgekd.errors import StorageError
 
 
@@ -79,6 +81,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def append_line(path: Path, value: object) -> None:
+    """Add a value to a file of JSON lines.
+
+    Raises:
+        StorageError: the folder is read-only or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(msgspec.json.encode(value) + b"\n")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}", "choose a writable folder: --out FOLDER"
+        ) from error
 
 
 def read_json(path: Path) -> Any:

@@ -90,7 +90,9 @@ class Latency(msgspec.Struct, frozen=True):
 class Device(Interface):
     """Where sessions run."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """In words."""
 
     def work(self, order: dict[str, Any], timeout_s: float) -> subprocess.CompletedProcess[bytes]:
         """Run `edgekd.worker` on an order; its paths are those of this machine, its stdout is the answer.

@@ -24,7 +24,7 @@ import numpy as np
 from edgekd.backends import Array, Feeds, Session, backend, in_order, processor_name
 from edgekd.backends.feeds import Feed, random_feeds
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
-from edgekd.errors import EdgekdError
+from edgekd.errors import BackendError, EdgekdError
 
 _ISA = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
@@ -53,6 +53,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "cpu": processor_name(),
+        "device_tree": _first_line("/proc/device-tree/model").strip("\0"),
         "isa": [name for name in _ISA if name in flags],
         "cores": len(os.sched_getaffinity(0)),
         "governor": _first_line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
@@ -183,6 +184,9 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
         EdgekdError: a runtime is missing, or refuses a variant.
     """
     protocol, feeds = order["protocol"], _feeds(order)
+    cores = len(os.sched_getaffinity(0))
+    if protocol["threads"] > cores:
+        raise BackendError(f"cannot measure with {protocol['threads']} threads: there are {cores} cores")
     shuffle = random.Random(protocol["seed"]).shuffle
     names = sorted({variant["backend"] for variant in order["variants"]})
     engines = {name: backend(name) for name in names}

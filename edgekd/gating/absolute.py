@@ -30,7 +30,7 @@ def absolute_check(sessions: Sequence[SessionResult], limit_ms: float, target: T
     if most is not None and spread > float(most.value):
         note = f"sessions differ by {spread:.1f} % (standard deviation), the card allows {most.value} %"
         return _unusable(p90, limit_ms, note)
-    if reason := _rejected(sessions, target):
+    if reason := _another(sessions, target) or _rejected(sessions, target):
         return _unusable(p90, limit_ms, reason)
     note = f"wall clock, {len(calls)} calls, sessions differ by {spread:.1f} %, on {target.description}"
     return Check(_NAME, p90, limit_ms, None, "PASS" if p90 <= limit_ms else "FAIL", "ms", note)
@@ -39,6 +39,14 @@ def absolute_check(sessions: Sequence[SessionResult], limit_ms: float, target: T
 def _unusable(measured: float | None, limit_ms: float, note: str) -> Check:
     verdict: Verdict = "UNUSABLE"
     return Check(_NAME, measured, limit_ms, None, verdict, "ms", note)
+
+
+def _another(sessions: Sequence[SessionResult], target: Target) -> str:
+    """That the device is not the card's, as far as the card says how to recognise it."""
+    wanted, told = target.detect.devicetree_model, sessions[0].environment.get("device_tree", "")
+    if "host" not in sessions[0].environment or not wanted or wanted in told:
+        return ""
+    return f"the device calls itself '{told or 'nothing'}', the card is about '{wanted}'"
 
 
 def _rejected(sessions: Sequence[SessionResult], target: Target) -> str:

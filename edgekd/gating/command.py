@@ -36,6 +36,9 @@ _WIDTH = 13
 @click.option("--max-size-mib", type=click.FloatRange(0, min_open=True), help="Of the candidate's file.")
 @click.option("--max-p90-ms", type=click.FloatRange(0, min_open=True), help="Needs --target and that device.")
 @click.option("--target", help="Card of the device that --max-p90-ms is about.")
+@click.option("--on", metavar="ssh://USER@HOST", help="Measure on that device; see docs/remote.md.")
+@click.option("--ssh-config", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Of ssh, in place of your own.")  # fmt: skip
 @click.option("--clock", default="cpu", show_default=True, type=click.Choice(["cpu", "wall"]))
 @click.option("--restarts", default=3, show_default=True, type=click.IntRange(2))
 @click.option("--max-restarts", default=9, show_default=True, type=click.IntRange(2))
@@ -56,7 +59,7 @@ def gate(candidate: Path, reference: Path, out: Path | None, inconclusive: str |
     """
     from edgekd.gating.outputs import append_step_summary, measured, workflow_commands, write_outputs
 
-    result = _compare(candidate, reference, given)
+    result = _compare(candidate, reference, given | {"out": out})
     if out is not None:
         write_outputs(result, out)
     append_step_summary(result)
@@ -112,9 +115,26 @@ def _compare(candidate: Path, reference: Path, given: dict[str, Any]) -> dict[st
     how = How(
         Protocol(threads=given["threads"], calls=3),
         given["clock"],
+        _device(given["on"], given["ssh_config"], limits.target),
+        kept=given["out"] and given["out"] / "sessions.jsonl",
         progress=lambda text: click.echo(f"edgekd gate: {text}", err=True),
     )
     return compare(sides[0], sides[1], limits, how, evaluation)
+
+
+def _device(url: str | None, config: Path | None, target: Any) -> Any:
+    from edgekd.profiler import HERE
+    from edgekd.remote import ssh_device
+
+    if url is None:
+        return HERE
+    measure = target.measure if target is not None else None
+    return ssh_device(
+        url,
+        config=config,
+        prepare=measure.prepare if measure else (),
+        sensors=measure.sensors if measure else (),
+    )
 
 
 def _needs_data(given: dict[str, Any]) -> None:

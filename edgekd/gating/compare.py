@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from edgekd.backends import backend
 from edgekd.checks import Check, coverage_check, overall, size_check
 from edgekd.errors import EXIT_GATE, BackendError, MissingExtraError, UsageError
+from edgekd.files import append_line
 from edgekd.gate import LatencyLimits, LatencySession, LatencyVerdict, run_latency_gate
 from edgekd.gating.absolute import absolute_check
 from edgekd.gating.accuracy import Evaluation, accuracy_checks
 from edgekd.gating.subject import Subject
 from edgekd.profiler import HERE, Device, Protocol, SessionResult, percentile, run_session
-from edgekd.target import Target
+from edgekd.target import Target, is_this_machine
 
 _FALL_BACKS = 5  # layers that stay in float, named in the note
 
@@ -40,12 +42,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class How:
-    """The protocol of a session (seeds are those of the limits), "cpu" or "wall" clock, and where."""
+    """The protocol of a session (seeds are those of the limits), "cpu" or "wall" clock, and where.
+
+    Every session is added to the file `kept` as soon as it is measured.
+    """
 
     protocol: Protocol = Protocol(calls=3)  # noqa: RUF009 (frozen)
     clock: str = "cpu"
     device: Device = HERE
     progress: Callable[[str], None] = lambda _: None
+    kept: Path | None = None
 
 
 def compare(
@@ -133,6 +139,11 @@ def _admissible(limits: Limits, device: Device) -> None:
             "--max-p90-ms is an absolute limit: it needs the device that it is about",
             "add --target CARD, on that device or with --on ssh://…; --max-ratio needs no device",
         )
+    if device is HERE and not is_this_machine(limits.target):
+        raise UsageError(
+            f"--max-p90-ms: this machine is not a {limits.target.description}",
+            "measure there: --on ssh://user@host",
+        )
     if device is HERE and os.environ.get("CI", "") not in ("", "false", "0"):
         raise UsageError(
             "--max-p90-ms on a shared CI runner: its absolute times differ 4 to 10 fold between two runs",
@@ -151,6 +162,8 @@ def _latency(
         protocol = msgspec.structs.replace(how.protocol, seed=seed)
         done = run_session(variants, protocol=protocol, inputs=reference.feeds, device=how.device)
         sessions.append(done)
+        if how.kept is not None:
+            append_line(how.kept, {"device": how.device.name, "seed": seed, "session": done})
         return LatencySession(*(round_values(done, name, how.clock) for name in ("ref", "aa", "cand")))
 
     return run_latency_gate(session, limits)
