@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -88,6 +90,7 @@ def write_onnx(tiny: Tiny, path: Path) -> str:
 # ---------------------------------------------------------------- phases
 
 
+RECIPES = sorted((Path(__file__).parent.parent / "docs" / "recipes").glob("*.toml"))
 TWO = [{"method": "ssld", "epochs": 2}, {"method": "dist", "epochs": 1, "augment": "none"}]
 
 
@@ -110,6 +113,17 @@ def test_phases_train_one_student_and_resume_to_the_bit(
     straight, resumed = weights(tmp_path / "straight"), weights(searched)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert "ssld then dist" in html_report(record)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_of_the_documentation_train(path: Path, tiny: Tiny, searched: Path) -> None:
+    written = load_recipe(path, {}).distill
+    phases = [msgspec.structs.replace(phase, epochs=1) for phase in written.phases]
+    given = {"distill__phases": msgspec.to_builtins(phases), "distill__method": written.method}
+    record = go(tiny, searched, distill__weight_decay=written.weight_decay, **given)
+    trained = record["metrics"]["distill"]["phases"]
+    assert [phase["augment"] for phase in trained] == [phase.augment for phase in phases]
+    assert all(np.isfinite(row["loss"]) for row in record["metrics"]["distill"]["history"])
 
 
 def test_a_phase_that_changes_the_student_is_known_to_the_stages_after_it(tiny: Tiny, searched: Path) -> None:
