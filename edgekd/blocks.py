@@ -82,16 +82,35 @@ class Block:
         )
 
     def build(self) -> nn.Module:
-        """The block without weights of its own making: see `with_weights`."""
+        """The block; its weights come from `with_weights`."""
         return _InvertedResidual(self) if self.kind == "inverted" else _Residual(self)
+
+
+class _Conv(nn.Conv2d):
+    """Without weights of its own, which would be drawn from the global generator: see `with_weights`."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class _Linear(nn.Linear):
+    """Likewise."""
+
+    def reset_parameters(self) -> None: ...
 
 
 def conv_norm(
     width_in: int, width_out: int, kernel: int = 1, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
     """A convolution of "same" padding without bias, and batch norm."""
-    conv = nn.Conv2d(width_in, width_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    conv = convolution(width_in, width_out, kernel, stride, groups)
     return [conv, nn.BatchNorm2d(width_out)]
+
+
+def convolution(
+    width_in: int, width_out: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """Of "same" padding, without bias; its weights come from `with_weights`."""
+    return _Conv(width_in, width_out, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 class _InvertedResidual(nn.Module):
@@ -135,7 +154,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.features = features
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(width, classes)
+        self.classifier = _Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(torch.flatten(self.pool(self.features(x)), 1))
@@ -164,20 +183,15 @@ def stage_strides(size: int) -> tuple[int, tuple[int, ...]]:
 
 
 def with_weights(body: Sequence[nn.Module], width: int, classes: int, rng: torch.Generator) -> Classifier:
-    """The whole network with fresh weights drawn from `rng`; `body` was made on the device ``meta``.
+    """The whole network with fresh weights drawn from `rng`.
 
     Convolutions: Kaiming normal, fan out (He et al. 2015, arXiv:1502.01852); 0.01 for the classifier.
     """
-    with torch.device("meta"):
-        model = Classifier(nn.Sequential(*body), width, classes)
-    model.to_empty(device="cpu")
+    model = Classifier(nn.Sequential(*body), width, classes)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.weight.shape[0] * module.kernel_size[0] * module.kernel_size[1] / module.groups
             nn.init.normal_(module.weight, 0.0, math.sqrt(2 / fan_out), generator=rng)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-            module.reset_running_stats()
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0.0, 0.01, generator=rng)
             nn.init.zeros_(module.bias)

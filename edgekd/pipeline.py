@@ -20,6 +20,7 @@ from edgekd.stages import bundle, distill, export, gate, given, profile, quantiz
 from edgekd.stages.bench import Bench
 from edgekd.stages.curriculum import check_curriculum
 from edgekd.stages.others import source_and_weights
+from edgekd.stages.refine import check_refinable
 from edgekd.stages.student import check_given
 from edgekd.stages.training_set import has_unlabelled
 from edgekd.target import find_target
@@ -78,6 +79,11 @@ def run_pipeline(
                 "target": run.target,
                 "mode": recipe.quantize.mode,
                 "student": own["student"],
+                **(
+                    {"distill": recipe.distill, "augment": recipe.data.augment}
+                    if recipe.search.refine
+                    else {}
+                ),
             },
             ("2-student.json",),
             given.run if recipe.search.student else search.run,
@@ -133,6 +139,7 @@ def _check_names(recipe: Recipe) -> None:
         UsageError: names the unknown one and the nearest known one.
     """
     trainings = check_curriculum(recipe)
+    check_refinable(recipe)
     if has_unlabelled(recipe.data):
         taps = ("logits",) if recipe.teacher.source.endswith(".onnx") else TAPS
         for parts in trainings:

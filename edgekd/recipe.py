@@ -66,7 +66,8 @@ class BudgetRecipe(_Strict, frozen=True):
 
 class SearchRecipe(_Strict, frozen=True):
     """`student`: empty to search one; ``package.module:factory`` or a ``2-student.json`` to bring one.
-    `processes` that score students, or the address of a Dask `cluster` that does."""
+    `processes` that score students, or the address of a Dask `cluster` that does. `refine`: distil
+    `refine_candidates` for `refine_epochs`, then `refine_finalists` in full, and take the best."""
 
     student: str = ""
     space: str = "mobile-cnn"
@@ -78,6 +79,11 @@ class SearchRecipe(_Strict, frozen=True):
     algorithm: Literal["nsga2", "aging"] = "nsga2"
     processes: _Count = 1
     cluster: str = ""
+    bfloat16: bool = False
+    refine: bool = False
+    refine_candidates: Annotated[int, msgspec.Meta(ge=2)] = 16
+    refine_epochs: _Count = 4
+    refine_finalists: Annotated[int, msgspec.Meta(ge=1, le=5)] = 2
 
 
 class PhaseRecipe(_Strict, frozen=True):

@@ -76,7 +76,6 @@ class CifarResNet:
         )
 
     def build(self, genome: Genome, rng: torch.Generator) -> nn.Module:
-        with torch.device("meta"):
-            stem = [*conv_norm(self._channels, self._widths[0], 3, self._stem_stride), nn.ReLU()]
-            body = [*stem, *(_Basic(*block[:3]) for block in self._plan(genome))]
+        stem = [*conv_norm(self._channels, self._widths[0], 3, self._stem_stride), nn.ReLU()]
+        body = [*stem, *(_Basic(*block[:3]) for block in self._plan(genome))]
         return with_weights(body, self._widths[-1], self._classes, rng)

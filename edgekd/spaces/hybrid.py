@@ -123,9 +123,8 @@ class Hybrid:
 
     def build(self, genome: Genome, rng: torch.Generator) -> nn.Module:
         stem, blocks = self._plan(genome)
-        with torch.device("meta"):
-            body = [*conv_norm(self._channels, stem.channels_out, 3, stem.stride), nn.ReLU()]
-            body += [block.build() if isinstance(block, Block) else _Attention(block) for block in blocks]
+        body = [*conv_norm(self._channels, stem.channels_out, 3, stem.stride), nn.ReLU()]
+        body += [block.build() if isinstance(block, Block) else _Attention(block) for block in blocks]
         return with_weights(body, _width(blocks[-1]), self._classes, rng)
 
 

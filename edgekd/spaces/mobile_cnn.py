@@ -87,11 +87,10 @@ class MobileCnn:
 
     def build(self, genome: Genome, rng: torch.Generator) -> nn.Module:
         stem, blocks, head = self._plan(genome)
-        with torch.device("meta"):
-            body: list[nn.Module] = [*conv_norm(self._channels, stem.channels_out, 3, stem.stride), nn.ReLU()]
-            body += [block.build() for block in blocks]
-            if head:
-                body += [*conv_norm(blocks[-1].width_out, head), nn.ReLU()]
+        body: list[nn.Module] = [*conv_norm(self._channels, stem.channels_out, 3, stem.stride), nn.ReLU()]
+        body += [block.build() for block in blocks]
+        if head:
+            body += [*conv_norm(blocks[-1].width_out, head), nn.ReLU()]
         return with_weights(body, head or blocks[-1].width_out, self._classes, rng)
 
 

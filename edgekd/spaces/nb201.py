@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from edgekd.blocks import Reparameterised, conv_norm, head_layers, to_multiple, with_weights
+from edgekd.blocks import Reparameterised, conv_norm, convolution, head_layers, to_multiple, with_weights
 from edgekd.spaces import Genome, Restrictions
 from edgekd.spec import LayerShape, ModelSpec
 
@@ -146,7 +146,7 @@ class _Reduction(nn.Module):
             nn.ReLU(), *conv_norm(width_out, width_out, 3),
         )  # fmt: skip
         pool = nn.AvgPool2d(2, ceil_mode=odd, count_include_pad=not odd)  # of the size that the body has
-        self.shortcut = nn.Sequential(pool, nn.Conv2d(width_in, width_out, 1, bias=False))
+        self.shortcut = nn.Sequential(pool, convolution(width_in, width_out))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut, body = self.shortcut(x), self.body(x)
@@ -210,8 +210,7 @@ class Nb201:
 
     def build(self, genome: Genome, rng: torch.Generator) -> nn.Module:
         edges = live(edges_of(architecture(genome)))
-        with torch.device("meta"):
-            body = network_body(self._stem, edges, self._widths)
+        body = network_body(self._stem, edges, self._widths)
         return with_weights(body, self._widths[-1], self._classes, rng)
 
 

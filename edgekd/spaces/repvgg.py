@@ -99,6 +99,5 @@ class RepVgg:
 
     def build(self, genome: Genome, rng: torch.Generator) -> nn.Module:
         body = self._plan(genome)
-        with torch.device("meta"):
-            blocks = [_RepConv(x.channels_in, x.channels_out, x.stride) for x in body]
+        blocks = [_RepConv(x.channels_in, x.channels_out, x.stride) for x in body]
         return with_weights(blocks, body[-1].channels_out, self._classes, rng)

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from edgekd.blocks import deployed
+from edgekd.distillers import plain
 from edgekd.files import read_json, sha256_file, sha256_json, write_atomic
 from edgekd.nets import count_macs, count_parameters
 from edgekd.stages.assistants import choose_assistants, teach_assistants
 from edgekd.stages.bench import Bench
-from edgekd.stages.curriculum import SUGGEST
+from edgekd.stages.curriculum import SUGGEST, Phase
 from edgekd.stages.lesson import prepare
 from edgekd.stages.preparation import check_preparable, prepared_teacher
 from edgekd.stages.suggest import suggest
@@ -38,6 +39,11 @@ def run(bench: Bench) -> dict[str, Any]:
         return _finish(bench, student, {"method": None, "weights": given, "probe": None, "history": []})
     key = _key(bench)
     _rehearse(bench, copy.deepcopy(student))
+    if finalist := _finalist(bench):
+        network = deployed(student)
+        load_weights(network, bench.run.folder / finalist["weights"], STUDENT)
+        bench.run.reporter.say("  trained in the search's second stage")
+        return _finish(bench, network, _facts(bench, finalist["history"], finalist["probe"]))
     teacher, preparation = prepared_teacher(bench, key) if recipe.prepare else (bench.teacher, None)
     phases, suggestion = bench.trainings, None
     if recipe.method == SUGGEST:
@@ -48,17 +54,44 @@ def run(bench: Bench) -> dict[str, Any]:
         macs = count_macs(deployed(copy.deepcopy(student)), bench.spec.input_shape)
         teacher, assistants = teach_assistants(bench, phases, teacher, macs, key)
     trained = train(bench, student, phases, teacher, "distill", key)
+    probed = {"chosen": str(trained.plan), "images_per_second": trained.rates}
     distilled = {
-        "method": " then ".join(phase.recipe.method for phase in phases),
-        "options": phases[-1].recipe.options,
-        "probe": {"chosen": str(trained.plan), "images_per_second": trained.rates},
-        "history": trained.history,
-        "phases": [phase.facts() for phase in phases],
+        **_facts(bench, trained.history, probed, phases),
         "preparation": preparation,
         "assistants": assistants,
         "suggestion": suggestion,
     }
     return _finish(bench, deployed(trained.network), distilled)
+
+
+def _facts(
+    bench: Bench, history: list[dict[str, float]], probed: dict[str, Any], phases: tuple[Phase, ...] = ()
+) -> dict[str, Any]:
+    """What the record says of the trainings of the student."""
+    phases = phases or bench.trainings
+    return {
+        "method": " then ".join(phase.recipe.method for phase in phases),
+        "options": phases[-1].recipe.options,
+        "probe": probed,
+        "history": history,
+        "phases": [phase.facts() for phase in phases],
+        "preparation": None,
+        "assistants": [],
+        "suggestion": None,
+    }
+
+
+def _finalist(bench: Bench) -> dict[str, Any] | None:
+    """The chosen student's full training in the search's second stage, where its weights are still there and
+    the student is no more than its genome says."""
+    found = (bench.run.record["metrics"].get("search") or {}).get("refine") or {}
+    plainly = bench.recipe.distill.method != SUGGEST and all(
+        plain(name) for phase in bench.trainings for name in phase.recipe.method.split("+")
+    )
+    for row in found.get("finalists", ()):
+        if plainly and row["row"] == found["chosen"] and (bench.run.folder / row["weights"]).is_file():
+            return dict(row)
+    return None
 
 
 def _finish(bench: Bench, student: torch.nn.Module, distilled: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from edgekd.probing import randomised, untouched
 from edgekd.proxies import check_teacher, proxy
 from edgekd.search import Candidate, Effort, Found, Genome, Limits, search
 from edgekd.stages.bench import Bench
+from edgekd.stages.refine import refine
 from edgekd.stages.workers import Scorer, Workers
 from edgekd.tasks.classification import normalise, to_tensor
 
@@ -44,8 +45,17 @@ def run(bench: Bench) -> dict[str, Any]:
     finally:
         evaluate.close()
         model.close()
-    metrics = {"search": _metrics(bench, found, model, limits), "_unverified": list(model.unverified)}
-    chosen = found.candidates[found.chosen]
+    metrics: dict[str, Any] = {
+        "search": _metrics(bench, found, model, limits),
+        "_unverified": list(model.unverified),
+    }
+    if recipe.search.refine:
+        resolved = bench.run.record["recipe"]
+        how = [resolved["distill"], resolved["data"], recipe.search.refine_epochs]
+        key = sha256_json([_search_key(bench), how])[:12]
+        row, facts = refine(bench, found, evaluate.scorer, key)
+        metrics["search"] |= {"chosen": row, "chosen_without_refine": found.chosen, "refine": facts}
+    chosen = found.candidates[metrics["search"]["chosen"]]
     restrictions = bench.run.target.space
     write_json(
         bench.run.folder / "2-student.json",
@@ -130,7 +140,8 @@ class _Evaluator:
     def __init__(self, bench: Bench, model: CostModel, limits: Limits) -> None:
         recipe = bench.recipe.search
         self._space, self._model, self._limits = bench.space, model, limits
-        self.workers = Workers(_scorer(bench), recipe.processes, recipe.cluster, bench.run.reporter.say)
+        self.scorer = _scorer(bench)
+        self.workers = Workers(self.scorer, recipe.processes, recipe.cluster, bench.run.reporter.say)
         self._path = bench.run.folder / "checkpoints" / "search.jsonl"
         self._known = _stored(self._path, bench)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +215,8 @@ def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
 def _search_key(bench: Bench) -> str:
     """Costs and scores belong to one teacher, device and budget: beyond its limits nothing was scored."""
     recipe, before = bench.run.record["recipe"], bench.run.record["stages"]["teacher"]
-    how = {key: value for key, value in recipe["search"].items() if key not in ("processes", "cluster")}
+    later = ("processes", "cluster", "refine", "refine_candidates", "refine_epochs", "refine_finalists")
+    how = {key: value for key, value in recipe["search"].items() if key not in later}
     parts = [recipe["seed"], how, recipe["budget"], recipe["quantize"]["mode"]]
     return sha256_json([before["inputs_sha256"], before["outputs_sha256"], parts, bench.run.target])
 

@@ -3,6 +3,9 @@
     python tools/bench/search_rank.py --truth resnets --table diswot_s0.csv --data DATA --models MODELS
     python tools/bench/search_rank.py --truth nb201 --table nb201_test_acc_200ep.npz --data DATA \
         --models MODELS --limit 240
+    python tools/bench/search_rank.py --truth autoformer --table autoprox_vit_kd.json --data DATA
+    python tools/bench/search_rank.py --truth nb201 ... --part 0/8 --out part0.jsonl    # seven more, then
+    python tools/bench/search_rank.py --truth nb201 --table ... --data DATA --read part*.jsonl
 
 DATA holds cifar100_test.npz and load_shared.py; MODELS, which only scores with a teacher need, holds
 cifar100_resnet56_fp16.safetensors. All networks see the same CIFAR-100 images and have 100 classes, whatever
@@ -10,7 +13,8 @@ they were trained for. `--teachers` are the teacher's states: trained, or random
 weights; students have weights of `--init`. Writes one JSON line an architecture and one a score, and prints
 a Markdown table: Kendall's tau on each ground truth; on the first one Spearman's rho, the share of pairs
 within 10 % of parameters and more than 0.3 points apart whose winner the score names, and rho with the
-parameters taken out. ms is CPU time of one thread for one architecture.
+parameters taken out. ms is CPU time of one thread for one architecture. Transformers see enlarged images, and
+no score with a teacher, which is a network for 32 pixels.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,11 +34,12 @@ import torch
 from cifar_resnet import CifarResNet
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from search_truth import CLASSES, Truth, images, nb201, resnets
+from search_truth import CLASSES, VITS, Truth, images, nb201, resnets, vits
+from search_vits import enlarged
 from torch import Tensor, nn
 
-from edgekd.nets import Outputs, count_macs, count_parameters, tapped_forward
-from edgekd.probing import Initialisation, initialise, randomised
+from edgekd.nets import Outputs, count_parameters, tapped_forward
+from edgekd.probing import Initialisation, initialise, layer_macs, randomised
 from edgekd.proxies import Trial, proxy, proxy_class, proxy_names
 from edgekd.ranking import (
     deviations,
@@ -59,11 +64,13 @@ def teachers(folder: Path | None, states: Sequence[str], inputs: Tensor, seed: i
     model = CifarResNet("resnet56", CLASSES)
     state = load_file(folder / "cifar100_resnet56_fp16.safetensors")
     model.load_state_dict({key: value.float() for key, value in state.items()})
+    model.to(inputs.device)
     made: dict[str, nn.Module] = {
         "trained": model.eval(),
-        "random-kaiming": randomised(model, seed + 1, "kaiming"),
-        "random-normal": randomised(model, seed + 1, "normal"),
+        "random-kaiming": randomised(model.cpu(), seed + 1, "kaiming").to(inputs.device),
+        "random-normal": randomised(model, seed + 1, "normal").to(inputs.device),
     }
+    model.to(inputs.device)
     with torch.no_grad():
         return {name: tapped_forward(made[name], inputs, CLASSES) for name in states}
 
@@ -128,8 +135,9 @@ def agreement(score: NDArray[np.float64], truth: NDArray[np.float64], rows: list
     }
 
 
-def summarise(rows: list[Row], truth: Truth, sums: Sequence[str]) -> list[Row]:
+def summarise(rows: list[Row], name_of_truth: str, sums: Sequence[str]) -> list[Row]:
     """One row for each score, and each sum of scores as ranks, against every ground truth."""
+    accuracy = {on: np.array([row["accuracy"][on] for row in rows]) for on in rows[0]["accuracy"]}
     columns: dict[str, tuple[NDArray[np.float64], float]] = {}
     for key in rows[0]["terms"]:
         cost = float(np.mean([row["ms"][key] for row in rows]))
@@ -140,8 +148,8 @@ def summarise(rows: list[Row], truth: Truth, sums: Sequence[str]) -> list[Row]:
             total = np.mean([ranks(columns[name][0]) for name in names], 0)
             columns[text] = (total, sum(columns[name][1] for name in names))
     return [
-        {"truth": truth.name, "score": name, "ms": cost}
-        | {on: agreement(values, accuracy, rows) for on, accuracy in truth.accuracy.items()}
+        {"truth": name_of_truth, "score": name, "ms": cost}
+        | {on: agreement(values, each, rows) for on, each in accuracy.items()}
         for name, (values, cost) in columns.items()
     ]
 
@@ -162,7 +170,7 @@ def markdown(found: list[Row], on: Sequence[str]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--truth", choices=("resnets", "nb201"), required=True)
+    parser.add_argument("--truth", choices=("resnets", "nb201", *VITS), required=True)
     parser.add_argument("--table", type=Path, required=True, help="diswot_s0.csv or nb201_test_acc_200ep.npz")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, help="without it, scores that need a teacher are left out")
@@ -173,11 +181,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=240, help="architectures at most")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where networks run; ms is CPU time all the same")
+    parser.add_argument("--part", default="0/1", help="k/n: of every n architectures the k-th, from 0")
+    parser.add_argument("--read", type=Path, nargs="+", help="measure nothing, summarise these files")
     parser.add_argument("--out", type=Path, default=Path("search_rank.jsonl"))
     return parser.parse_args()
 
 
 def load(arguments: argparse.Namespace) -> Truth:
+    if arguments.truth in VITS:
+        return vits(arguments.table, arguments.truth, arguments.limit)
     if arguments.truth == "nb201":
         return nb201(arguments.table, arguments.limit, arguments.seed)
     found = resnets(arguments.table)
@@ -195,31 +208,51 @@ def conditions(arguments: argparse.Namespace) -> Mapping[str, Any]:
     }
 
 
+def measured(arguments: argparse.Namespace, truth: Truth) -> Iterator[Row]:
+    """What the scores say of each architecture of this part."""
+    inputs, labels = images(arguments.data, "cifar100_test", arguments.batch, arguments.seed)
+    inputs, labels = inputs.to(arguments.device), labels.to(arguments.device)
+    if truth.name in VITS:
+        inputs = enlarged(inputs)
+    seen = (
+        {} if truth.name in VITS else teachers(arguments.models, arguments.teachers, inputs, arguments.seed)
+    )
+    scores = scores_of(arguments.proxies, list(seen))
+    own, parts = map(int, arguments.part.split("/"))
+    for number in range(own, len(truth.architectures), parts):
+        arch = truth.architectures[number]
+        generator = torch.Generator().manual_seed(arguments.seed)
+        student = initialise(truth.build(arch), generator, arguments.init).to(arguments.device)
+        trial = Trial(student, inputs, labels, None, CLASSES, arguments.seed)
+        yield {
+            "number": number,
+            "architecture": arch,
+            "accuracy": {name: float(values[number]) for name, values in truth.accuracy.items()},
+            "parameters": count_parameters(student),
+            "macs": sum(layer_macs(student, inputs.shape[1:]).values()),
+            **measure(trial, scores, seen),
+        }
+
+
+def read(paths: Sequence[Path]) -> list[Row]:
+    """The architectures of several files, each once, in their order."""
+    lines = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = {line["architecture"]: line for line in lines if "architecture" in line}
+    return sorted(rows.values(), key=lambda row: row.get("number", 0))
+
+
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
     truth = load(arguments)
-    inputs, labels = images(arguments.data, "cifar100_test", arguments.batch, arguments.seed)
-    seen = teachers(arguments.models, arguments.teachers, inputs, arguments.seed)
-    scores = scores_of(arguments.proxies, list(seen))
-    rows: list[Row] = []
     with arguments.out.open("w", encoding="utf-8") as file:
         file.write(json.dumps(conditions(arguments)) + "\n")
-        for number, arch in enumerate(truth.architectures):
-            generator = torch.Generator().manual_seed(arguments.seed)
-            student = initialise(truth.build(arch), generator, arguments.init)
-            trial = Trial(student, inputs, labels, None, CLASSES, arguments.seed)
-            row: Row = {
-                "architecture": arch,
-                "accuracy": {name: float(values[number]) for name, values in truth.accuracy.items()},
-                "parameters": count_parameters(student),
-                "macs": count_macs(student, (3, 32, 32)),
-                **measure(trial, scores, seen),
-            }
+        rows = []
+        for row in read(arguments.read) if arguments.read else measured(arguments, truth):
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
-        found = summarise(rows, truth, arguments.sums)
+        found = summarise(rows, truth.name, arguments.sums)
         for line in found:
             file.write(json.dumps(line) + "\n")
         file.write(json.dumps({"load_average_at_end": os.getloadavg()}) + "\n")

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import search_vits
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgekd.blocks import Classifier
+from edgekd.blocks import with_weights
 from edgekd.spaces import nb201 as cells
 from edgekd.spec import LayerShape, Preprocessing
 from edgekd.tasks.classification import normalise
 
 CLASSES, WIDTHS = 100, (16, 32, 64)
+VITS = ("autoformer", "pit")
 CIFAR = Preprocessing(32, 32, "rgb", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
@@ -98,11 +100,17 @@ def nb201(path: Path, count: int, seed: int) -> Truth:
     return Truth("nb201", [names[row] for row in rows], nb201_network, chosen)
 
 
+def vits(path: Path, which: str, count: int) -> Truth:
+    """Transformers of Auto-Prox's table."""
+    names, accuracy = search_vits.published(path, which, count)
+    return Truth(which, names, lambda text: search_vits.network(which, text, CLASSES), accuracy)
+
+
 def nb201_network(text: str, classes: int = CLASSES) -> nn.Module:
     """As published, with the edges that no path to the logits needs."""
     stem = LayerShape("conv", 3, cells.WIDTHS[0], 3, size_in=32)
     body = cells.network_body(stem, cells.edges_of(text), cells.WIDTHS)
-    return Classifier(nn.Sequential(*body), cells.WIDTHS[-1], classes)
+    return with_weights(body, cells.WIDTHS[-1], classes, torch.Generator())
 
 
 class _ArrayOfTexts(pickle.Unpickler):

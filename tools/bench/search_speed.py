@@ -1,0 +1,186 @@
+"""How fast are students scored? Against the published procedure, and a whole search of thousands.
+
+    OMP_NUM_THREADS=1 python tools/bench/search_speed.py --students 12        # paired, on the demonstration
+    OMP_NUM_THREADS=1 python tools/bench/search_speed.py --search 500 2000 --processes 2
+
+Paired: for each student the plain procedure and `Scorer` take turns in one process, with one thread, in CPU
+time. Plain is DisWOT as its scripts run it: teacher and student with fresh weights for every candidate, both
+forward and backward for the gradient of the classifier, class after class. Both compute the same two terms,
+which is checked. Search: the whole stage on the demonstration, in a fresh process for each size, with its
+wall and CPU seconds and the largest memory of its processes. On a CUDA device students are scored there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgekd.cost import cost_model
+from edgekd.nets import Outputs, tapped_forward
+from edgekd.probing import randomised
+from edgekd.recipe import load_recipe
+from edgekd.run import Run, Silent
+from edgekd.search import Genome
+from edgekd.stages.bench import Bench
+from edgekd.stages.search import budget_limits, executed_precision, scoring_batch, teacher_outputs
+from edgekd.stages.workers import Scorer
+from edgekd.target import find_target
+
+
+def plain_terms(
+    space_build: nn.Module, teacher: nn.Module, inputs: Tensor, labels: Tensor, classes: int, seed: int
+) -> dict[str, float]:
+    """Both terms of one candidate, nothing kept from the one before."""
+    seen: list[tuple[Outputs, Tensor]] = []
+    for network in (space_build.train(), randomised(teacher, seed).train()):
+        outputs = tapped_forward(network, inputs, classes)
+        loss = F.cross_entropy(outputs.logits, labels)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters)
+        weight = next(
+            g for p, g in zip(reversed(parameters), reversed(gradients), strict=True) if p.dim() == 2
+        )
+        seen.append((outputs, weight))
+    (student, of_student), (taught, of_teacher) = seen
+    assert student.features is not None
+    assert taught.features is not None
+    maps = [F.normalize(f.flatten(1) @ f.flatten(1).T, dim=1) for f in (student.features, taught.features)]
+    relation = -(maps[0] - maps[1]).square().sum() / len(inputs) ** 2
+    width = min(of_student.shape[1], of_teacher.shape[1])
+    of_student, of_teacher = (_to_width(w, width) for w in (of_student, of_teacher))
+    total = torch.zeros((), device=inputs.device)
+    for one, other in zip(of_student, of_teacher, strict=True):
+        pair = [F.normalize(torch.outer(w, w), dim=1) for w in (one, other)]
+        total = total + (pair[0] - pair[1]).square().sum()
+    return {"relation": relation.item(), "semantic": (-total / of_student.numel()).item()}
+
+
+def _to_width(gradient: Tensor, width: int) -> Tensor:
+    """As `edgekd.proxies.diswot.to_width` does with the embedding, of which the gradient is linear."""
+    if gradient.shape[1] == width:
+        return gradient
+    generator = torch.Generator().manual_seed(gradient.shape[1])
+    drawn = torch.randn(gradient.shape[1], width, generator=generator) / width**0.5
+    made: Tensor = gradient @ drawn.to(gradient.device)
+    return made
+
+
+def demonstration(folder: Path, settings: dict[str, object]) -> Bench:
+    recipe = load_recipe(None, {"threads": 1, "search.teacher_state": "random", **settings})
+    return Bench(Run(folder, recipe, find_target(recipe.target), Silent()))
+
+
+def students(bench: Bench, count: int) -> list[Genome]:
+    """Random ones within the budget, as a search scores them."""
+    model = cost_model(bench.run.target, executed_precision(bench))
+    limits, rng = budget_limits(bench, model), np.random.default_rng(bench.recipe.seed)
+    found: list[Genome] = []
+    while len(found) < count:
+        genome = tuple(int(rng.integers(options)) for options in bench.space.choices)
+        layers = bench.space.layers(genome)
+        latency = model.predict(layers).latency_ms
+        fits = latency is None or limits.latency_ms is None or latency <= limits.latency_ms
+        if fits and (limits.macs is None or sum(layer.macs for layer in layers) <= limits.macs):
+            found.append(genome)
+    return found
+
+
+def paired(bench: Bench, count: int) -> dict[str, object]:
+    """CPU milliseconds a student of both, in turns."""
+    inputs, labels = scoring_batch(bench)
+    taught = teacher_outputs(bench, inputs)
+    device, teacher = bench.device, bench.loaded.model
+    assert teacher is not None
+    classes, seed = len(bench.spec.classes), bench.recipe.seed
+    scorer = Scorer(bench.space, "diswot", inputs, labels, taught, classes, seed)
+    if device != "cpu":
+        parts = (taught.logits, taught.embedding, taught.features)
+        placed = Outputs(*(None if p is None else p.to(device) for p in parts))  # type: ignore[arg-type]
+        scorer = replace(scorer, inputs=inputs.to(device), labels=labels.to(device), teacher=placed)
+        teacher = teacher.to(device)
+    times: dict[str, list[float]] = {"plain": [], "ours": []}
+    for number, genome in enumerate(students(bench, count + 1)):
+        begin = time.process_time()
+        student = bench.space.build(genome, torch.Generator().manual_seed(seed)).to(device)
+        plain = plain_terms(student, teacher, scorer.inputs, scorer.labels, classes, seed)
+        middle = time.process_time()
+        ours = scorer(genome)
+        end = time.process_time()
+        for term, value in plain.items():
+            if not np.isclose(value, ours[term], rtol=1e-2, atol=1e-4):
+                raise SystemExit(f"{genome}: {term} is {value} plainly and {ours[term]} here")
+        if number:  # the first call of both is not counted
+            times["plain"].append(1e3 * (middle - begin))
+            times["ours"].append(1e3 * (end - middle))
+    ratios = np.array(times["plain"]) / np.array(times["ours"])
+    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.quantile(np.median(draws, 1), (0.025, 0.975))
+    return {
+        "device": device,
+        "students": count,
+        "plain_ms": round(float(np.mean(times["plain"])), 1),
+        "ours_ms": round(float(np.mean(times["ours"])), 1),
+        "students_a_second": round(1e3 / float(np.mean(times["ours"])), 1),
+        "ratio": round(float(np.median(ratios)), 1),
+        "interval": [round(float(low), 1), round(float(high), 1)],
+        "load_average": os.getloadavg(),
+    }
+
+
+def searched(evaluations: int, processes: int, score: str) -> dict[str, object]:
+    """A whole `edgekd search` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "edgekd", "search", "--target", "jetson", "--out", folder, "--json"]
+        settings = {"evaluations": evaluations, "processes": processes, "score": score}
+        for key, value in settings.items():
+            words += ["--set", f"search.{key}={value}"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        begin = time.perf_counter()
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    record = json.loads(done.stdout)
+    search = record["metrics"]["search"]
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "evaluations": evaluations,
+        "processes": processes,
+        "different": search["evaluated"],
+        "scored": sum(bool(row["terms"]) for row in search["candidates"]),
+        "stage_seconds": record["stages"]["search"]["seconds"],
+        "wall_seconds": round(wall, 1),
+        "cpu_seconds": round(spent, 1),
+        "largest_process_mib": round(after.ru_maxrss / 1024),
+        "load_average": os.getloadavg(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--students", type=int, default=0, help="paired with the plain procedure")
+    parser.add_argument("--search", type=int, nargs="*", default=[], help="evaluations of whole searches")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--score", default="diswot", help="of the whole searches")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.students:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(paired(demonstration(Path(folder), {}), arguments.students)), flush=True)
+    for evaluations in arguments.search:
+        print(json.dumps(searched(evaluations, arguments.processes, arguments.score)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
