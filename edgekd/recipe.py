@@ -137,6 +137,9 @@ class QuantizeRecipe(_Strict, frozen=True):
     calibrator: str = "mse"
     calibration_images: Annotated[int, msgspec.Meta(ge=2)] = 512
     calibration_choice: Literal["stratified", "random", "coverage"] = "stratified"
+    weight_bits: Literal[8, 6, 4, 3] = 8
+    layer_bits: dict[str, Literal[8, 6, 4, 3]] = {}
+    damping: _NonNegative = 0.0
     epochs: _Count = 1
     learning_rate: _Positive = 2e-4
 

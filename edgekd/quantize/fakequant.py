@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from edgekd.errors import UnsupportedModelError
+from edgekd.errors import RecipeError, UnsupportedModelError
 from edgekd.quantize.calibrators import BINS, calibrator
 from edgekd.quantize.capture import attribute
 from edgekd.quantize.scheme import Grid, QuantScheme
 
 _ATEN = torch.ops.aten
+_LEAST_FULL = 63  # the largest code of 7 bits: from there on the largest weight sets the scale
 _WEIGHTED = (_ATEN.conv2d.default, _ATEN.conv1d.default, _ATEN.linear.default)
 _ADDS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
 _POOLS = (
@@ -189,13 +191,34 @@ class ActivationQuantizer(nn.Module):
         return Grid(float(self.log_scale.detach().exp()), self._zero_point, self.qmin, self.qmax)
 
 
-class WeightQuantizer(nn.Module):
-    """Symmetric int8 per output channel; codes reach `weight_max` at the start and -128..127 at most."""
+class _Damp(torch.autograd.Function):
+    """Nothing forward; backward the gradient of ``strength * sum (w - q)^2`` reaches w."""
 
-    def __init__(self, weight: Tensor, weight_max: int) -> None:
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor, strength: float) -> Tensor:
+        ctx.save_for_backward(2 * strength * (weight - rounded))
+        return torch.zeros_like(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0], None, None
+
+
+class WeightQuantizer(nn.Module):
+    """Symmetric per output channel, codes of 8 bits or fewer; they reach `weight_max` at the start.
+
+    Of fewer bits, the scale starts where the squared rounding and clipping error is least, not at the
+    largest weight. With `damping`, weights are drawn to the middle of their step, so that those of depthwise
+    layers do not swing between two codes for ever (Nagel et al. 2022, arXiv:2203.11086, eq. 7; there as a
+    loss).
+    """
+
+    def __init__(self, weight: Tensor, weight_max: int, damping: float = 0.0) -> None:
         super().__init__()
         reach = weight.detach().abs().flatten(1).amax(1).clamp(min=1e-8)
-        self.log_scale = nn.Parameter((reach / weight_max).log())
+        start = reach / weight_max if weight_max >= _LEAST_FULL else _least_error(weight, reach, weight_max)
+        self.log_scale = nn.Parameter(start.log())
+        self._damping = damping
         self.register_buffer("zero_point", torch.zeros(len(weight)))
         self.zero_point: Tensor
         self.weight_max = weight_max
@@ -210,19 +233,64 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.training:
-            return torch._fake_quantize_learnable_per_channel_affine(
+            rounded: Tensor = torch._fake_quantize_learnable_per_channel_affine(
                 weight, self.log_scale.exp(), self.zero_point, 0, self.qmin, self.qmax, 1.0
             )
+            if self._damping:
+                rounded = rounded + _Damp.apply(weight, rounded.detach(), self._damping)  # type: ignore[no-untyped-call]
+            return rounded
         return torch.fake_quantize_per_channel_affine(
             weight, self.log_scale.exp(), self.zero_point.int(), 0, self.qmin, self.qmax
         )
 
 
+def _least_error(weight: Tensor, reach: Tensor, weight_max: int) -> Tensor:
+    """(channels,) of the scales ``share * reach / weight_max``, those with the least squared error."""
+    flat = weight.detach().flatten(1)
+    scales = torch.linspace(0.4, 1.0, 25)[:, None] * reach / weight_max
+    codes = (flat / scales[..., None]).round().clamp(-weight_max - 1, weight_max)
+    errors = (codes * scales[..., None] - flat).square().sum(2)
+    return scales.gather(0, errors.argmin(0)[None])[0]
+
+
+def largest_codes(
+    graph: fx.GraphModule, sites: Sites, scheme: QuantScheme, bits: int, named: Mapping[str, int]
+) -> dict[str, int]:
+    """The largest code of each weight, for `bits` bits; the first and the last layer keep the scheme's own,
+    because they are small and everything goes through them. `named`: bits by parameter name, or by a
+    beginning or end of it.
+
+    Raises:
+        RecipeError: a name that no weight has.
+    """
+    found = dict.fromkeys(sites.weights, scheme.weight_max)
+    ends = {sites.weights[0], sites.weights[-1]}
+    for name in sites.weights:
+        if bits < 8 and name not in ends:
+            found[name] = 2 ** (bits - 1) - 1
+    for key, wanted in named.items():
+        hits = [name for name in sites.weights if name.startswith(key) or name.endswith(key)]
+        if not hits:
+            raise RecipeError(
+                f"quantize.layer_bits: no weight is called '{key}'", f"there are: {', '.join(sites.weights)}"
+            )
+        for name in hits:
+            found[name] = min(2 ** (wanted - 1) - 1, scheme.weight_max)
+    return found
+
+
 def insert(
-    graph: fx.GraphModule, sites: Sites, grids: dict[str, Grid], scheme: QuantScheme
+    graph: fx.GraphModule,
+    sites: Sites,
+    grids: dict[str, Grid],
+    scheme: QuantScheme,
+    largest: Mapping[str, int] | None = None,
+    damping: float = 0.0,
 ) -> fx.GraphModule:
-    """A copy of `graph` with quantizers at all sites. A shared grid is one shared module."""
+    """A copy of `graph` with quantizers at all sites. A shared grid is one shared module. `largest`: the
+    largest code by weight, the scheme's where it is not told."""
     made = copy.deepcopy(fx.GraphModule(graph, _copy(graph.graph)))
+    codes = largest or {}
     nodes = {node.name: node for node in made.graph.nodes}
     for name, consumers in sites.activations.items():
         root = sites.same_as.get(name, name)
@@ -239,7 +307,9 @@ def insert(
         if node.target in _WEIGHTED:
             name = str(node.args[1].target)
             module = "weight_" + name.replace(".", "_")
-            made.add_submodule(module, WeightQuantizer(attribute(made, name), scheme.weight_max))
+            made.add_submodule(
+                module, WeightQuantizer(attribute(made, name), codes.get(name, scheme.weight_max), damping)
+            )
             with made.graph.inserting_before(node):
                 quantized = made.graph.call_module(module, (node.args[1],))
             node.args = (node.args[0], quantized, *node.args[2:])
@@ -261,7 +331,7 @@ class QuantizedParameters:
 
     tensors: dict[str, np.ndarray]
     weight_scales: dict[str, np.ndarray]
-    weight_bounds: tuple[int, int]
+    weight_bounds: dict[str, tuple[int, int]]
     activations: dict[str, Grid]
 
 
@@ -272,12 +342,12 @@ def parameters_of(quantized: fx.GraphModule, sites: Sites) -> QuantizedParameter
         for name, value in quantized.named_parameters()
         if not name.endswith("log_scale")
     }
-    scales, bounds = {}, (-128, 127)
+    scales, bounds = {}, {}
     for name in sites.weights:
         module = quantized.get_submodule("weight_" + name.replace(".", "_"))
         assert isinstance(module, WeightQuantizer)
         scales[name] = module.log_scale.detach().exp().numpy().copy()
-        bounds = (module.qmin, module.qmax)
+        bounds[name] = (module.qmin, module.qmax)
     grids = {}
     for name in sites.activations:
         module = quantized.get_submodule(f"activation_{sites.same_as.get(name, name)}")

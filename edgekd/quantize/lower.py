@@ -161,10 +161,10 @@ def _onnx_name(name: str, sites: Sites, graph: onnx.GraphProto) -> str:
 def _quantize_weights(graph: onnx.GraphProto, parameters: QuantizedParameters) -> int:
     """Store each weight as int8 codes behind a per-channel DequantizeLinear; returns how many."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    low, high = parameters.weight_bounds
     for name, scales in parameters.weight_scales.items():
         weight = parameters.tensors[name]
         shaped = scales.reshape(-1, *[1] * (weight.ndim - 1))
+        low, high = parameters.weight_bounds[name]
         codes = np.clip(np.round(weight / shaped), low, high).astype(np.int8)
         graph.initializer.remove(stored[name])
         real = add_weight(graph, name, codes, scales, axis=0)

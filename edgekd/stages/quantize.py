@@ -24,6 +24,7 @@ from edgekd.quantize.fakequant import (
     calibrate,
     find_sites,
     insert,
+    largest_codes,
     parameters_of,
 )
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
@@ -75,7 +76,9 @@ def run(bench: Bench) -> dict[str, Any]:
         )
 
     grids = calibrate(graph, sites, _calibration_batches(bench), scheme, bench.recipe.quantize.calibrator)
-    candidates = [judge("ptq", insert(graph, sites, grids, scheme))]
+    recipe = bench.recipe.quantize
+    largest = largest_codes(graph, sites, scheme, recipe.weight_bits, recipe.layer_bits)
+    candidates = [judge("ptq", insert(graph, sites, grids, scheme, largest, recipe.damping))]
     history: list[dict[str, float]] = []
     if mode == "qat":
         trained, history = _train(bench, copy.deepcopy(candidates[0].graph))
@@ -95,6 +98,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "chosen": chosen.name,
             "reason": f"higher accuracy on {len(labels)} held-out training images: {reason}",
             "dialect": scheme.dialect,
+            "weight_bits": recipe.weight_bits,
             "calibrator": bench.recipe.quantize.calibrator,
             "accuracy": right,
             "fidelity": bench.fidelity(logits),
@@ -211,7 +215,7 @@ def load_quantized(path: Path) -> tuple[QuantizedParameters, Sites, QuantScheme]
     parameters = QuantizedParameters(
         {k.removeprefix("value:"): v for k, v in tensors.items() if k.startswith("value:")},
         {k.removeprefix("scale:"): v for k, v in tensors.items() if k.startswith("scale:")},
-        tuple(json.loads(metadata["weight_bounds"])),
+        {k: (low, high) for k, (low, high) in json.loads(metadata["weight_bounds"]).items()},
         {k: Grid(**v) for k, v in json.loads(metadata["activations"]).items()},
     )
     sites = json.loads(metadata["sites"])
@@ -231,7 +235,8 @@ def rebuild(bench: Bench) -> fx.GraphModule:
         StorageError: the file was not made from this student.
     """
     parameters, sites, scheme = load_quantized(bench.run.folder / FILE)
-    graph = insert(bench.captured, sites, parameters.activations, scheme)
+    largest = {name: high for name, (_, high) in parameters.weight_bounds.items()}
+    graph = insert(bench.captured, sites, parameters.activations, scheme, largest)
     state = {name: torch.from_numpy(value) for name, value in parameters.tensors.items()}
     for name, scale in parameters.weight_scales.items():
         state["weight_" + name.replace(".", "_") + ".log_scale"] = torch.from_numpy(scale).log()

@@ -468,4 +468,5 @@ def test_products_that_overflow_sixteen_bits_are_seen_only_with_weights_of_eight
         onnx.save(work.write(work.numbers("min-max")), tmp_path / "q.onnx")
         rows = {row["executor"]: row for row in parity_rows(tmp_path / "q.onnx", tmp_path / "x.npz")}
         differs[target] = rows["openvino AVX2"]["max_abs"]
-    assert differs["x86-avx2"] < 1.0 < 20 < differs["x86"]
+    assert differs["x86-avx2"] < 1.0
+    assert differs["x86"] > 20

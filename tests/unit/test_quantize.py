@@ -28,6 +28,7 @@ from edgekd.quantize.fakequant import (
     calibrate,
     find_sites,
     insert,
+    largest_codes,
     parameters_of,
 )
 from edgekd.quantize.lower import lower
@@ -492,3 +493,52 @@ def test_one_sample_of_a_small_set_may_differ(case: Case, tmp_path: Path) -> Non
     export.save(case.onnx, tmp_path / "float.onnx")
     found = _check(tmp_path / "float.onnx", inputs(40).numpy(), exact, None, 0.999)
     assert found["top1_agreement"] == pytest.approx(1 - 1 / 40)
+
+
+# ---------------------------------------------------------------- fewer bits, damping
+
+
+@pytest.mark.parametrize("bits", [6, 4, 3])
+def test_fewer_bits_reach_the_integer_file_and_spare_the_first_and_last_layer(case: Case, bits: int) -> None:
+    scheme = SCHEMES["relu from zero"]
+    sites = find_sites(case.graph, scheme)
+    grids = calibrate(case.graph, sites, [inputs(64)], scheme, "mse")
+    largest = largest_codes(case.graph, sites, scheme, bits, {})
+    graph = insert(case.graph, sites, grids, scheme, largest).eval()
+    model = lower(case.onnx, parameters_of(graph, sites), sites, "uint8")
+    codes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("_int8")}
+    reach = [int(np.abs(codes[f"{name}_int8"]).max()) for name in sites.weights]
+    assert reach[0] == reach[-1] == 127
+    assert all(2 ** (bits - 2) < value <= 2 ** (bits - 1) for value in reach[1:-1])
+
+
+def test_bits_of_a_named_layer_and_an_unknown_name(case: Case) -> None:
+    scheme = SCHEMES["relu from zero"]
+    sites = find_sites(case.graph, scheme)
+    found = largest_codes(case.graph, sites, scheme, 8, {"classifier": 4})
+    assert [found[name] for name in sites.weights] == [127, 127, 127, 7]
+    with pytest.raises(RecipeError, match="no weight is called 'clasifier'"):
+        largest_codes(case.graph, sites, scheme, 8, {"clasifier": 4})
+
+
+def test_a_low_bit_scale_starts_at_the_least_squared_error() -> None:
+    weight = torch.randn(4, 200, generator=torch.Generator().manual_seed(0))
+    chosen = WeightQuantizer(weight, 3).eval()
+    widest = WeightQuantizer(weight, 3).eval()
+    widest.log_scale.data = (weight.abs().amax(1) / 3).log()
+    with torch.no_grad():
+        errors = [(module(weight) - weight).square().sum(1) for module in (chosen, widest)]
+    assert (errors[0] < 0.8 * errors[1]).all()
+
+
+def test_damping_adds_the_gradient_of_its_squared_distance() -> None:
+    weight = torch.tensor([[0.3, -1.0, 0.06]], requires_grad=True)
+    plain, damped = WeightQuantizer(weight, 7), WeightQuantizer(weight, 7, damping=0.5)
+    gradients: list[Any] = []
+    for module in (plain, damped):
+        weight.grad = None
+        module.train()(weight).sum().backward()
+        gradients.append(weight.grad)
+    rounded = plain(weight).detach()
+    torch.testing.assert_close(gradients[1] - gradients[0], 2 * 0.5 * (weight - rounded).detach())
+    torch.testing.assert_close(damped(weight), plain(weight))
