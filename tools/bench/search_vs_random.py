@@ -36,6 +36,7 @@ from edgekd.tasks.classification import accuracy
 from edgekd.train import evaluate, fit_together
 
 Genome = tuple[int, ...]
+Job = tuple[Genome, int]  # architecture and seed
 
 
 def random_students(bench: Bench, count: int, seed: int) -> list[Genome]:
@@ -67,32 +68,49 @@ def random_students(bench: Bench, count: int, seed: int) -> list[Genome]:
     return found
 
 
-def distilled_accuracies(
-    bench: Bench, jobs: list[tuple[Genome, int]], epochs: int
-) -> Iterator[tuple[Genome, float]]:
-    """Validation accuracy of each (genome, seed) by the run's own recipe with `epochs` epochs: side by side
-    on a CUDA device, one by one elsewhere. All learn from the same stored logits."""
-    phase = bench.trainings[0]
-    phase = replace(phase, recipe=msgspec.structs.replace(phase.recipe, epochs=epochs))
-    trial = bench.space.build(jobs[0][0], torch.Generator().manual_seed(0))
-    inputs = bench.views.batch(torch.arange(phase.recipe.batch_size))
-    plan, _ = probe(trial, inputs, bench.recipe.threads, device=bench.device)
-    course = Course(bench, bench.teacher, plan)
-    together = len(jobs) if bench.device != "cpu" else 1
-    for start in range(0, len(jobs), together):
-        part = jobs[start : start + together]
-        students = [bench.space.build(genome, torch.Generator().manual_seed(seed)) for genome, seed in part]
-        lessons = [course.lesson(phase, student) for student in students]
-        stages = [
-            course.stage(phase, lesson, name="distill", checkpoint=None, seed=seed)
-            for lesson, (_, seed) in zip(lessons, part, strict=True)
-        ]
-        fit_together(stages, lambda what, done, total: None)
-        for lesson, (genome, seed) in zip(lessons, part, strict=True):
-            logits = evaluate(lesson.deploy(), bench.validation_inputs).numpy()
-            right = accuracy(logits, bench.data.validation_labels)
-            print(f"{genome} seed {seed}: {100 * right:.2f} %", file=sys.stderr, flush=True)
-            yield genome, right
+class Trainings:
+    """Trainings by the run's own recipe with another number of epochs. All learn from the same stored logits;
+    each architecture trains in the number format that is fastest for it."""
+
+    def __init__(self, bench: Bench, epochs: int) -> None:
+        phase = bench.trainings[0]
+        self.bench = bench
+        self.phase = replace(phase, recipe=msgspec.structs.replace(phase.recipe, epochs=epochs))
+        self._courses: dict[str, Course] = {}
+
+    def build(self, genome: Genome, seed: int) -> torch.nn.Module:
+        return self.bench.space.build(genome, torch.Generator().manual_seed(seed))
+
+    def course(self, genome: Genome) -> Course:
+        """The course of trainings in the form that is fastest for a genome."""
+        bench = self.bench
+        inputs = bench.views.batch(torch.arange(self.phase.recipe.batch_size))
+        plan, _ = probe(self.build(genome, 0), inputs, bench.recipe.threads, device=bench.device)
+        return self._courses.setdefault(str(plan), Course(bench, bench.teacher, plan))
+
+    def accuracies(self, jobs: list[Job]) -> Iterator[tuple[Job, float]]:
+        """Validation accuracy of each job: side by side on a CUDA device, one by one elsewhere."""
+        bench = self.bench
+        together = len(jobs) if bench.device != "cpu" else 1
+        for start in range(0, len(jobs), max(1, together)):
+            part = jobs[start : start + together]
+            course = self.course(part[0][0])
+            lessons = [course.lesson(self.phase, self.build(*job)) for job in part]
+            stages = [
+                course.stage(self.phase, lesson, name="distill", checkpoint=None, seed=seed)
+                for lesson, (_, seed) in zip(lessons, part, strict=True)
+            ]
+            fit_together(stages, lambda what, done, total: None)
+            for lesson, job in zip(lessons, part, strict=True):
+                logits = evaluate(lesson.deploy(), bench.validation_inputs).numpy()
+                yield job, accuracy(logits, bench.data.validation_labels)
+
+
+def read_done(path: Path | None) -> dict[Job, float]:
+    """What an interrupted comparison had finished; it must have been one of the same run and epochs."""
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(tuple(row["genome"]), row["seed"]): row["accuracy"] for row in rows}
 
 
 def main() -> None:
@@ -102,6 +120,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--done", type=Path, help="JSON lines of finished trainings, read and added to")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.run / "recipe.toml", {"threads": arguments.threads})
     bench = Bench(Run(arguments.run, recipe, find_target(recipe.target), Silent()))
@@ -110,9 +129,17 @@ def main() -> None:
     students = (chosen, *rivals)
     begin = time.perf_counter()
     jobs = [(genome, seed) for genome in students for seed in arguments.seeds]
-    found: dict[Genome, list[float]] = {}
-    for genome, right in distilled_accuracies(bench, jobs, arguments.epochs):
-        found.setdefault(genome, []).append(right)
+    made = read_done(arguments.done)
+    for (genome, seed), right in Trainings(bench, arguments.epochs).accuracies(
+        [job for job in jobs if job not in made]
+    ):
+        made[genome, seed] = right
+        line = json.dumps({"genome": genome, "seed": seed, "accuracy": right})
+        print(line, file=sys.stderr, flush=True)
+        if arguments.done is not None:
+            with arguments.done.open("a") as file:
+                file.write(line + "\n")
+    found = {genome: [made[genome, seed] for seed in arguments.seeds] for genome in students}
     rows = []
     for genome, runs in found.items():
         layers = bench.space.layers(genome)
