@@ -192,6 +192,7 @@ def extremes() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_finite_in_bfloat16(name: str) -> None:
     given = {case: value.bfloat16() for case, value in extremes().items()}

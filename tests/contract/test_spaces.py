@@ -57,6 +57,7 @@ def folded_parameters(model: nn.Module) -> int:
     return sum(layer.weight.numel() + len(layer.weight) for layer in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("size", "color"), INPUTS)
 def test_a_student_gives_logits_embedding_and_features(name: str, size: int, color: str) -> None:
@@ -71,6 +72,7 @@ def test_a_student_gives_logits_embedding_and_features(name: str, size: int, col
         assert found.features is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("size", "color"), INPUTS)
 def test_the_stated_layers_have_the_costs_of_the_network(name: str, size: int, color: str) -> None:
@@ -146,6 +148,7 @@ def test_weights_depend_on_the_generator_and_on_nothing_else(name: str) -> None:
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_deployed_form_computes_what_the_trained_one_does(name: str) -> None:
     space, inputs = space_of(name, 32, "rgb"), torch.randn(16, 3, 32, 32)

@@ -133,6 +133,7 @@ def test_without_dist_the_first_is_the_default_and_equals_are_a_tie() -> None:
     assert (found.default, found.best, found.chosen, found.decided) == ("lskd", "lskd", "lskd", False)
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_lead_covers_the_truth() -> None:
     """Two methods of equal merit on independent images: at 95 %, nearly always undecided."""
     rng = np.random.default_rng(3)

@@ -190,6 +190,7 @@ def test_the_same_seed_gives_the_same_verdict_and_another_seed_other_bounds() ->
     assert first.candidate.ratio == other.candidate.ratio
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1.02, 1.05])
 def test_identical_models_rarely_fail(limit: float) -> None:
     # 300 runs, 3 restarts growing to 5; a false alarm is FAIL or UNUSABLE.

@@ -20,6 +20,7 @@ from edgekd.ranks import ALONE, Ranks, join
 from edgekd.train import Stage, fit, load_checkpoint
 from edgekd.views import CachedTeacher
 
+pytestmark = pytest.mark.backends
 PROCESSES = 2
 
 

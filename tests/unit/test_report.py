@@ -197,6 +197,7 @@ def paths(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                     yield from ((key, inner, leaf) for leaf in below)
 
 
+@pytest.mark.slow
 def test_any_missing_part_still_renders() -> None:
     record = sample_record.full_record()
     record["metrics"]["search"] |= {
@@ -362,6 +363,7 @@ def screenshot(page: Path, picture: Path, profile: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _chromium(), reason="no chromium binary on this machine")
 def test_a_browser_draws_something(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")

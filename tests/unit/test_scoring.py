@@ -58,6 +58,7 @@ def test_several_students_are_scored_beside_their_costs_and_ranked(tmp_path: Pat
     assert "rank sum" in table.stdout.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_random_teacher_and_another_seed_change_the_score() -> None:
     words = ("score", "--genome", GENOME, "--proxy", "relation")
     values = [told(*words, *more)["students"][0]["terms"]["relation"] for more in
