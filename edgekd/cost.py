@@ -52,7 +52,9 @@ class CostModel(Protocol):
 
 
 def cost_model(target: Target, precision: str) -> CostModel:
-    """A measured layer table where the target is this machine, else the card's roofline."""
+    """A calibrated table of the target, or one measured here where this is the target, or its roofline."""
+    if (path := calibrated_path(target.id, precision)).is_file():
+        return CalibratedTable(path, target, precision)
     if is_this_machine(target) and target.primary.runtime in ("openvino", "onnxruntime"):
         try:
             return LayerTable(target, precision)
@@ -183,7 +185,7 @@ class LayerTable:
         empty = self._entries["empty"]
         total = empty
         for layer in layers:
-            key = json.dumps([getattr(layer, name) for name in _KEY])
+            key = layer_key(layer)
             if key not in self._entries:
                 self._entries[key] = max(1e-4, self._measure(layer) - empty)
                 self._added += 1
@@ -194,7 +196,7 @@ class LayerTable:
         """CPU milliseconds of a call of a one-layer model; of a model that only copies one value for None."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "layer.onnx"
-            path.write_bytes(_one_layer(layer, self._int8))
+            path.write_bytes(one_layer(layer, self._int8))
             session = self._engine.open(path, threads=1)
         shape = (1, 1, 1, 1) if layer is None else (1, layer.channels_in, layer.size_in, layer.size_in)
         kind = np.uint8 if self._int8 and layer is not None else np.float32
@@ -207,6 +209,74 @@ class LayerTable:
                 write_json(self._path, {"header": self._header, "entries_ms": self._entries})
             except StorageError:
                 return
+
+
+def calibrated_path(target: str, precision: str) -> Path:
+    """Where `edgekd targets calibrate` leaves the table of a target."""
+    return _cache_folder() / f"calibrated-{target}-{precision}.json"
+
+
+def layer_key(layer: LayerShape) -> str:
+    """What a layer's time depends on."""
+    return json.dumps([getattr(layer, name) for name in _KEY])
+
+
+class CalibratedTable:
+    """Sum of layers that were measured on the device, in a line fitted on whole networks.
+
+    A layer that is not in the table has the roofline's time, times the median of measured over roofline.
+    """
+
+    kind = "layer-table"
+
+    def __init__(self, path: Path, target: Target, precision: str) -> None:
+        """Raises StorageError when the file is not a table of this target, runtime and precision."""
+        stored = read_json(path)
+        header = stored.get("header", {}) if isinstance(stored, dict) else {}
+        wanted = {"format": 2, "target": target.id, "precision": precision}
+        runtime = str(header.get("runtime", "")).partition(" ")[0]
+        got = {key: header.get(key) for key in wanted} | {"runtime": runtime}
+        if got != wanted | {"runtime": target.primary.runtime}:
+            raise StorageError(
+                f"{path}: its header says {got}, expected {wanted} on {target.primary.runtime}",
+                f"edgekd targets calibrate {target.id} writes it anew",
+            )
+        self._precision, self._entries = precision, stored["entries_ms"]
+        self._scale, self._offset = stored["scale"], stored["offset_ms"]
+        self._roofline = Roofline(target, precision)
+        self.device, self.error_percent = header["device"], stored["validation"].get("median_error_percent")
+        self.note = f"sum of layers measured one by one on {self.device} with {header['runtime']}"
+        ratios = [
+            entry / estimate
+            for key, entry in self._entries.items()
+            if key != "empty"
+            and (estimate := self._rough(LayerShape(**dict(zip(_KEY, json.loads(key), strict=True)))))
+        ]
+        self._correction = float(np.median(ratios)) if ratios else None
+        self.missing: set[str] = set()
+
+    @property
+    def unverified(self) -> tuple[str, ...]:
+        """Keys of the card that stood in for missing layers."""
+        return self._roofline.unverified if self.missing else ()
+
+    def _rough(self, layer: LayerShape) -> float | None:
+        return self._roofline.predict((layer,)).latency_ms
+
+    def predict(self, layers: tuple[LayerShape, ...]) -> Cost:
+        total: float | None = self._entries["empty"]
+        for layer in layers:
+            entry = self._entries.get(key := layer_key(layer))
+            if entry is None:
+                self.missing.add(key)
+                rough = self._rough(layer)
+                entry = None if rough is None or self._correction is None else rough * self._correction
+            total = None if total is None or entry is None else total + entry
+        size, memory = size_mib(layers, self._precision), memory_mib(layers, self._precision)
+        return Cost(None if total is None else total * self._scale + self._offset, size, memory)
+
+    def close(self) -> None:
+        """Nothing to keep."""
 
 
 _KEY = ("op", "channels_in", "channels_out", "kernel", "stride", "groups", "size_in", "relu")
@@ -233,7 +303,7 @@ def _quartile_ms(session: Session, images: Any) -> float:
     return float(np.percentile(times[3:], 25))
 
 
-def _one_layer(layer: LayerShape | None, int8: bool) -> bytes:
+def one_layer(layer: LayerShape | None, int8: bool) -> bytes:
     """An ONNX file with one layer and its fused ReLU; quantized layers take and give uint8 codes."""
     from onnx import TensorProto, helper, numpy_helper
 

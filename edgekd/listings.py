@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -53,6 +54,48 @@ def targets_show(name: str) -> None:
     from edgekd.target import find_target
 
     click.echo(msgspec.json.format(msgspec.json.encode(find_target(name)), indent=2).decode())
+
+
+@targets.command("calibrate")
+@click.argument("name")
+@click.option("--on", "urls", multiple=True, metavar="ssh://USER@HOST",
+              help="Devices of this kind; several share the work.  [default: this machine]")  # fmt: skip
+@click.option("--ssh-config", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--space", default="mobile-cnn", show_default=True, help="Whose layers are measured.")
+@click.option("--image-size", default=32, show_default=True, type=click.IntRange(8))
+@click.option("--color", default="rgb", show_default=True, type=click.Choice(["rgb", "grey"]))
+@click.option("--classes", default=10, show_default=True, type=click.IntRange(2))
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "int8"]))
+@click.option("--candidates", default=60, show_default=True, type=click.IntRange(1))
+@click.option("--networks", default=12, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--json", "as_json", is_flag=True)
+def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Measure a table of layers on the device; searches for this target then use it.
+
+    \b
+    Example: edgekd targets calibrate rpi5 --on ssh://pi@board --image-size 96 --precision int8
+    """
+    from edgekd.profiler import HERE
+    from edgekd.remote import ssh_device
+    from edgekd.spec import ModelSpec, Preprocessing
+    from edgekd.stages.calibrate import Wanted, calibrate
+    from edgekd.target import find_target
+
+    target = find_target(name)
+    measure, ssh_config, side = target.measure, given["ssh_config"], given["image_size"]
+    card: dict[str, Any] = {"prepare": measure.prepare, "sensors": measure.sensors}
+    devices = [ssh_device(url, config=ssh_config, **card) for url in urls]
+    channels = 3 if given["color"] == "rgb" else 1
+    normal = Preprocessing(side, side, given["color"], (0.5,) * channels, (0.5,) * channels)
+    spec = ModelSpec(normal, tuple(map(str, range(given["classes"]))))
+    numbers = {key: given[key] for key in ("candidates", "networks", "seed")}
+    wanted = Wanted(given["space"], spec, given["precision"], **numbers)
+    table = calibrate(target, devices or [HERE], wanted, lambda text: click.echo(f"  {text}", err=True))
+    told = {key: table[key] for key in ("path", "scale", "offset_ms")}
+    told |= {key: table["header"][key] for key in ("device", "runtime")}
+    told["layers"] = len(table["entries_ms"]) - 1
+    emit(told | {"validation": table["validation"]}, as_json)
 
 
 @click.group()

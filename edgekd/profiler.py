@@ -249,6 +249,25 @@ def evaluate(
     _read(device.work(order, protocol.timeout_s))
 
 
+def time_layers(
+    variants: Sequence[Variant],
+    shapes: dict[str, tuple[str, tuple[int, ...]]],
+    *,
+    protocol: Protocol,
+    device: Device = HERE,
+) -> dict[str, Any]:
+    """Lower quartile of the calls of one-layer models: ``times`` (id: cpu and wall, ms), ``environment``.
+
+    Args:
+        shapes: dtype and shape of each model's input.
+
+    Raises:
+        As `run_session`.
+    """
+    order = _order("layers", variants, protocol) | {"shapes": shapes}
+    return _read(device.work(order, protocol.timeout_s))
+
+
 def _order(job: str, variants: Sequence[Variant], protocol: Protocol) -> dict[str, Any]:
     return {
         "job": job,

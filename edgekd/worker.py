@@ -37,6 +37,7 @@ _PACKAGES = (
 _WINDOW = 5  # calls in a warm-up window
 _WINDOWS = 10  # at most
 _AGREEMENT = 0.03  # two consecutive window medians this close end the warm-up
+_LAYER_CALLS, _LAYER_WARM_UP = 28, 3  # of a one-layer model; the first ones do not count
 _ENERGY = "/sys/class/powercap/*:[0-9]/energy_uj"  # one counter a processor package
 _TEMPERATURES = "/sys/class/thermal/thermal_zone*/temp"
 _THROTTLES = "/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
@@ -219,6 +220,37 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def time_each(order: dict[str, Any]) -> dict[str, Any]:
+    """One-layer models one by one: lower quartile of their calls, ms; refused ones apart."""
+    times: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for variant in order["variants"]:
+        dtype, shape = order["shapes"][variant["id"]]
+        session = backend(variant["backend"]).open(
+            Path(variant["model"]), threads=order["protocol"]["threads"], precision=variant["precision"]
+        )
+        array, wall_ms, cpu_ms = np.zeros(shape, dtype), [], []
+        try:
+            for _ in range(_LAYER_CALLS):
+                cpu, wall = time.process_time_ns(), time.perf_counter_ns()
+                session.run(array)
+                wall_ms.append((time.perf_counter_ns() - wall) / 1e6)
+                cpu_ms.append((time.process_time_ns() - cpu) / 1e6)
+        except EdgekdError as error:
+            refused[variant["id"]] = error.message
+            continue
+        times[variant["id"]] = {
+            "wall": float(np.percentile(wall_ms[_LAYER_WARM_UP:], 25)),
+            "cpu": float(np.percentile(cpu_ms[_LAYER_WARM_UP:], 25)),
+        }
+    names = {variant["backend"] for variant in order["variants"]}
+    told = environment() | {
+        "devices": {name: backend(name).device() for name in names},
+        "versions": {name: backend(name).version() for name in names},
+    }
+    return {"times": times, "refused": refused, "environment": told}
+
+
 def evaluate(order: dict[str, Any]) -> dict[str, Any]:
     """First outputs (N, K) of each variant on stored inputs, one sample a call, as batch 1 on a device runs.
 
@@ -257,7 +289,9 @@ def main() -> None:
     order = json.load(sys.stdin)
     answer: dict[str, Any]
     try:
-        answer = {"result": {"measure": measure, "evaluate": evaluate}[order["job"]](order)}
+        answer = {
+            "result": {"measure": measure, "evaluate": evaluate, "layers": time_each}[order["job"]](order)
+        }
     except EdgekdError as error:
         refusal = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         answer = {"refusal": refusal}

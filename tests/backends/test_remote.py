@@ -19,9 +19,13 @@ import pytest
 
 from edgekd import cli
 from edgekd.backends.feeds import image_feed
-from edgekd.errors import BackendError, DeviceError, UsageError
+from edgekd.cost import Roofline, cost_model
+from edgekd.errors import BackendError, DeviceError, StorageError, UsageError
 from edgekd.profiler import HERE, Device, Here, Protocol, Variant, evaluate, run_session
 from edgekd.remote import SshDevice, pooled, sensed, ssh_device
+from edgekd.spec import LayerShape, ModelSpec, Preprocessing
+from edgekd.stages.calibrate import Wanted, calibrate, fit
+from edgekd.target import find_target
 
 from .small_models import SHAPE, residual_net
 
@@ -183,6 +187,53 @@ def test_several_devices_are_profiled_at_once_and_a_lost_one_loses_nothing(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 23
+
+
+def test_a_calibrated_table_is_what_the_search_uses(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spec = ModelSpec(Preprocessing(16, 16, "rgb", (0.5,) * 3, (0.5,) * 3), ("a", "b"))
+    wanted = Wanted("mobile-cnn", spec, "fp32", candidates=1, networks=0)
+    target = find_target("avx2")
+    table = calibrate(target, [server.device(), server.device()], wanted, lambda _: None)
+    model = cost_model(target, "fp32")
+    assert (model.kind, model.error_percent) == ("layer-table", None)
+    assert table["header"]["device"] in model.note
+    key, entry = next((k, v) for k, v in table["entries_ms"].items() if k != "empty")
+    known = LayerShape(*json.loads(key))
+    found = model.predict((known,)).latency_ms
+    assert found == pytest.approx(table["entries_ms"]["empty"] + entry)
+    assert model.unverified == ()
+    foreign = model.predict((known, replace(known, channels_out=977))).latency_ms
+    assert (foreign is None) == (Roofline(target, "fp32").predict((known,)).latency_ms is None)
+    path = Path(table["path"])
+    path.write_text(path.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
+    with pytest.raises(StorageError, match="its header says") as caught:
+        cost_model(target, "fp32")
+    assert "edgekd targets calibrate x86-avx2" in caught.value.hint
+
+
+def test_another_device_than_the_cards_is_not_calibrated(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spec = ModelSpec(Preprocessing(16, 16, "rgb", (0.5,) * 3, (0.5,) * 3), ("a", "b"))
+    wanted = Wanted("mobile-cnn", spec, "fp32", candidates=1, networks=0)
+    with pytest.raises(DeviceError, match="calls itself 'nothing', the card is about 'Raspberry Pi 5"):
+        calibrate(find_target("rpi5"), [server.device(prepare=())], wanted, lambda _: None)
+    with pytest.raises(UsageError, match="this machine is not a"):
+        calibrate(find_target("rpi5"), [HERE], wanted, lambda _: None)
+    with pytest.raises(UsageError, match="onnxruntime-web, which edgekd does not time"):
+        calibrate(find_target("web"), [HERE], wanted, lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_line_from_sums_to_networks_is_found_and_never_falls() -> None:
+    sums = np.array([0.5, 1.0, 2.0, 4.0])
+    assert fit(sums, 0.6 * sums + 0.3) == pytest.approx((0.6, 0.3))
+    assert fit(sums, 1.2 * sums - 0.3)[1] == 0.0
+    assert fit(sums, np.array([4.0, 3.0, 2.0, 1.0]))[0] > 0
 
 
 # ---------------------------------------------------------------- refusals

@@ -246,7 +246,7 @@ def test_another_machines_target_uses_its_card() -> None:
 @pytest.mark.parametrize("int8", [True, False])
 def test_every_kind_of_layer_becomes_a_file_that_runs(name: str, int8: bool, tmp_path: Path) -> None:
     layer = LAYERS[name]
-    (tmp_path / "layer.onnx").write_bytes(cost._one_layer(layer, int8))
+    (tmp_path / "layer.onnx").write_bytes(cost.one_layer(layer, int8))
     session = backend("onnxruntime").open(tmp_path / "layer.onnx")
     shape = (1, layer.channels_in, layer.size_in, layer.size_in)
     out = np.asarray(session.run(np.zeros(shape, np.uint8 if int8 else np.float32)))
