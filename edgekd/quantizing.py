@@ -23,7 +23,8 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
     """
     from edgekd.quantize.samples import Pixels
     from edgekd.recipe import load_recipe, parse_override
-    from edgekd.stages.quantize_file import Wanted, quantize_file
+    from edgekd.stages.onnx_choice import Wanted
+    from edgekd.stages.quantize_file import quantize_file
     from edgekd.target import find_target
 
     wrong = [f"--{name.replace('_', '-')}" for name in _OF_A_RUN if given[name] is not None]

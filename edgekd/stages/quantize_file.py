@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,17 @@ import numpy as np
 import onnx
 
 from edgekd.backends import Coverage, backend
-from edgekd.errors import BackendError, InfeasibleBudgetError, MissingExtraError, UnsupportedModelError
+from edgekd.errors import BackendError, MissingExtraError
 from edgekd.files import write_bytes, write_json
 from edgekd.profiler import Protocol, Variant, environment, measure
 from edgekd.quantize.engines import engine_names, run_engine
 from edgekd.quantize.onnx_file import load_float
 from edgekd.quantize.post_training import Judges, Quantized, quantize_graph
 from edgekd.quantize.quality import DEFAULT_DROP
-from edgekd.quantize.samples import Pixels, load_samples
+from edgekd.quantize.samples import load_samples
 from edgekd.quantize.scheme import QuantScheme, scheme_for
 from edgekd.run import Reporter
+from edgekd.stages.onnx_choice import Wanted, choose
 from edgekd.stages.onnx_job import Job
 from edgekd.stages.onnx_parity import parity_rows
 from edgekd.target import Target
@@ -31,28 +32,6 @@ _UNKNOWN = (
     "drop", "standard_error", "accuracy", "agreement", "signal_to_noise_db", "int8_coverage_nodes",
     "int8_coverage_macs", "kernels", "float_layers", "latency_p50_ms", "latency_p90_ms", "cpu_p50_ms",
 )  # fmt: skip
-_TIE = 0.03  # candidates this close in latency are told apart by accuracy, then by size
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the caller asks for; a budget that is None is no limit, a drop that is None the kind's default."""
-
-    model: Path
-    target: Target
-    data: str
-    folder: Path
-    pixels: Pixels = field(default_factory=Pixels)
-    calibrators: tuple[str, ...] = ("mse", "min-max", "percentile")
-    calibration_images: int = 512
-    calibration_choice: str = "stratified"
-    max_drop: float | None = None
-    max_latency_ms: float | None = None
-    max_size_mib: float | None = None
-    weights_only: int = 0
-    compare_engines: bool = False
-    threads: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +98,7 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         "kept": str(kept),
         "engines_failed": failed,
         "parity": parity,
+        "build": _build(wanted, candidates),
         "tried": {f"{one.dialect}{' mixed' if one.floats else ''}": one.tried for one in made},
         "float_operators": {one.dialect: list(one.floats) for one in made if one.floats},
         "sensitivity": {one.dialect: [asdict(s) for s in one.sensitivity] for one in made if one.sensitivity},
@@ -315,61 +295,14 @@ def _parity(job: Job, candidates: list[Candidate]) -> list[dict[str, Any]]:
     return rows
 
 
-def choose(
-    rows: list[dict[str, Any]], limit: float, wanted: Wanted, *, quantized: bool
-) -> tuple[dict[str, Any], str]:
-    """The fastest candidate (CPU time of a call) within the budget; of those within 3 % of it the one with
-    the smallest drop, then the smallest file. And why, in words.
+def _build(wanted: Wanted, candidates: list[Candidate]) -> dict[str, Any] | None:
+    """Of a TensorRT target: whether its int8 graph parses and compiles ahead of time; nothing is executed."""
+    ours = [one for one in candidates if one.made is not None and one.made.dialect == "trt-s8sym"]
+    if "tensorrt" not in wanted.target.runtime or not ours:
+        return None
+    from edgekd.backends.tensorrt import prove_build
 
-    Raises:
-        InfeasibleBudgetError: none is within the budget; names the nearest.
-    """
-    timed = [row for row in rows if row["cpu_p50_ms"] is not None]
-    if not timed:
-        raise UnsupportedModelError(
-            "no runtime here could run and time the model: "
-            + "; ".join(f"{row['id']}: {row['reason']}" for row in rows)
-        )
-    fits = [row for row in timed if not excess(row, limit, wanted)]
-    if not fits:
-        nearest = min(timed, key=lambda row: len(excess(row, limit, wanted)))
-        raise InfeasibleBudgetError(
-            f"no candidate is within the budget; the nearest is {nearest['id']}: "
-            + ", ".join(excess(nearest, limit, wanted)),
-            f"all candidates are in {wanted.folder / 'candidates'}; relax the limit that is named",
-        )
-    fastest = min(row["cpu_p50_ms"] for row in fits)
-    close = [row for row in fits if row["cpu_p50_ms"] <= fastest * (1 + _TIE)]
-    best = min(close, key=lambda row: (round(row["drop"], 2), row["size_mib"], row["cpu_p50_ms"]))
-    plain = min((row["cpu_p50_ms"] for row in timed if row["form"] == "fp32"), default=None)
-    reason = f"{best['cpu_p50_ms']:.3g} ms of CPU a call, {best['drop']:.2f} points lost (limit {limit:g})"
-    if plain is not None and best["form"] != "fp32":
-        reason += f", {plain / best['cpu_p50_ms']:.2f} times as fast as the faster fp32"
-    if best["form"] in ("fp32", "bf16") and quantized:
-        reason += "; " + _why_not_int8(timed, limit, wanted, best)
-    return best, reason
-
-
-def _why_not_int8(timed: list[dict[str, Any]], limit: float, wanted: Wanted, best: dict[str, Any]) -> str:
-    integer = [row for row in timed if row["form"] not in ("fp32", "bf16")]
-    if not integer:
-        return "no int8 candidate ran"
-    quick = min(integer, key=lambda row: row["cpu_p50_ms"])
-    if quick["cpu_p50_ms"] >= best["cpu_p50_ms"]:
-        return f"int8 does not pay here: the fastest, {quick['id']}, takes {quick['cpu_p50_ms']:.3g} ms"
-    return (
-        f"the fastest int8, {quick['id']}, is outside: {', '.join(excess(quick, limit, wanted)) or 'a tie'}"
-    )
-
-
-def excess(row: dict[str, Any], limit: float, wanted: Wanted) -> list[str]:
-    """Which limits a measured candidate breaks, in words."""
-    found = []
-    if row["drop"] > limit:
-        found.append(f"{row['drop']:.2f} points lost, at most {limit:g}")
-    latency = row["latency_p50_ms"]
-    if wanted.max_latency_ms is not None and latency is not None and latency > wanted.max_latency_ms:
-        found.append(f"{latency:.3g} ms, at most {wanted.max_latency_ms:g}")
-    if wanted.max_size_mib is not None and row["size_mib"] > wanted.max_size_mib:
-        found.append(f"{row['size_mib']:.3g} MiB, at most {wanted.max_size_mib:g}")
-    return found
+    try:
+        return asdict(prove_build(ours[-1].path, wanted.target.compute_capability))
+    except (MissingExtraError, BackendError) as error:
+        return {"ok": None, "message": error.message}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from edgekd.quantize.scheme import scheme_for
 from edgekd.quantize.smooth import smoothed
 from edgekd.quantize.weight_only import write_weight_only
 from edgekd.run import Silent
+from edgekd.stages.onnx_choice import Wanted, choose
 from edgekd.stages.onnx_job import Job
 from edgekd.stages.onnx_parity import parity_rows
-from edgekd.stages.quantize_file import RECORD, Wanted, quantize_file
+from edgekd.stages.quantize_file import RECORD, quantize_file
 from edgekd.target import find_target
 
 from .file_models import CLASSES, SIZE, attention, cnn, pictures, save_model, store_pictures
@@ -470,3 +472,33 @@ def test_products_that_overflow_sixteen_bits_are_seen_only_with_weights_of_eight
         differs[target] = rows["openvino AVX2"]["max_abs"]
     assert differs["x86-avx2"] < 1.0
     assert differs["x86"] > 20
+
+
+@pytest.mark.parametrize("target", ["rpi5", "jetson"])
+def test_for_a_target_of_another_kind_times_here_decide_nothing(target: str, tmp_path: Path) -> None:
+    job = wanted(tmp_path, tmp_path / "m.onnx", tmp_path / "d.npz", target, max_latency_ms=1e-6)
+    rows: list[dict[str, Any]] = [
+        {
+            "id": "fp32",
+            "form": "fp32",
+            "drop": 0.0,
+            "cpu_p50_ms": 1.0,
+            "latency_p50_ms": 1.0,
+            "size_mib": 4.0,
+        },
+        {
+            "id": "int8",
+            "form": "int8",
+            "drop": 0.4,
+            "cpu_p50_ms": 3.0,
+            "latency_p50_ms": 3.0,
+            "size_mib": 1.0,
+        },
+    ]
+    chosen, reason = choose(rows, 1.0, job, quantized=True)
+    assert chosen["id"] == "int8" and "not known" in reason
+    assert choose(rows, 0.1, job, quantized=True)[0]["id"] == "fp32"
+    if platform.machine() == "x86_64":
+        here = replace(job, target=find_target("x86"), max_latency_ms=None)
+        chosen, reason = choose(rows, 1.0, here, quantized=True)
+        assert chosen["id"] == "fp32" and "int8 does not pay here" in reason
