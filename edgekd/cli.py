@@ -14,7 +14,7 @@ import click
 from edgekd import __version__, labelling, listings, quantizing, scoring
 from edgekd.console import Console
 from edgekd.embed.command import embed
-from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError
+from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError
 from edgekd.gating.command import gate
 
 _KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
@@ -236,17 +236,37 @@ def profile(models: tuple[Path, ...], backends: tuple[str, ...], as_json: bool, 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
-def report(run: Path) -> None:
-    """Write report.html and report.md again from a run folder or a record.json.
+@click.argument("other", required=False, type=click.Path(path_type=Path, exists=True))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
+              help="With two runs: the HTML file.  [default: comparison.html here]")  # fmt: skip
+def report(run: Path, other: Path | None, out: Path | None) -> None:
+    """Write report.html and report.md again from a run folder or a record.json; or compare two runs.
 
+    \b
     Example: edgekd report runs/jetson
+    Compare: edgekd report runs/old runs/new --out change.html      (Markdown on stdout)
     """
-    from edgekd.files import read_json
-    from edgekd.report import write_reports
+    from edgekd.files import read_json, write_text
+    from edgekd.report import comparison_markdown, comparison_page, write_reports
 
-    path = run / "record.json" if run.is_dir() else run
-    for written in write_reports(read_json(path), path.parent):
-        click.echo(written)
+    paths = [path / "record.json" if path.is_dir() else path for path in (run, other) if path is not None]
+    records = [read_json(path) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if not isinstance(record, dict) or "stages" not in record:
+            raise StorageError(
+                f"{path} is not the record of a run", "give a run's folder, or its record.json"
+            )
+    if other is None:
+        if out is not None:
+            raise click.UsageError("--out is for two runs; the report of one is written into its folder")
+        for written in write_reports(records[0], paths[0].parent):
+            click.echo(written)
+        return
+    names = (str(run), str(other))
+    page = out or Path("comparison.html")
+    write_text(page, comparison_page(records[0], records[1], names))
+    click.echo(comparison_markdown(records[0], records[1], names), nl=False)
+    click.echo(f"wrote {page}", err=True)
 
 
 for _command in (

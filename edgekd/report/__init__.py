@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgekd.files import write_text
+from edgekd.report.comparison import comparison_markdown, comparison_page
 from edgekd.report.facts import Record
 from edgekd.report.html import page
 from edgekd.report.text import markdown, print_summary
 
-__all__ = ["html_report", "markdown_report", "print_summary", "write_reports"]
+__all__ = [
+    "comparison_markdown",
+    "comparison_page",
+    "html_report",
+    "markdown_report",
+    "print_summary",
+    "write_reports",
+]
 
 
 def html_report(record: Record) -> str:

@@ -29,7 +29,7 @@ from edgekd.target import find_target
 
 from .small_models import SHAPE, residual_net
 
-pytestmark = pytest.mark.backends
+pytestmark = [pytest.mark.backends, pytest.mark.slow]
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 QUICK = Protocol(rounds=2, calls=2, timeout_s=60)
 CONFIG = """

@@ -21,7 +21,7 @@ from sample_bundle import CLASSES, sample_bundle
 from edgekd import cli
 from edgekd.testing import assert_latency_ratio
 
-pytestmark = pytest.mark.backends
+pytestmark = [pytest.mark.backends, pytest.mark.slow]
 QUICK = ("--restarts", "2", "--max-restarts", "8")  # more only where the machine is too busy
 TWO = ("--restarts", "2", "--max-restarts", "2")
 Ran = tuple[int, str, str]
