@@ -79,7 +79,6 @@ class SearchRecipe(_Strict, frozen=True):
     algorithm: Literal["nsga2", "aging"] = "nsga2"
     processes: _Count = 1
     cluster: str = ""
-    bfloat16: bool = False
     refine: bool = False
     refine_candidates: Annotated[int, msgspec.Meta(ge=2)] = 16
     refine_epochs: _Count = 4

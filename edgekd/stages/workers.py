@@ -32,20 +32,12 @@ class Scorer:
     teacher: Outputs | None
     classes: int
     seed: int
-    half: bool = False  # the student's answers beside the teacher's in bfloat16
 
     def __call__(self, genome: Genome) -> Terms:
         """Empty where a term is not finite: such a student is dropped and counted."""
         student = self.space.build(genome, torch.Generator().manual_seed(self.seed)).train()
-        inputs, device = self.inputs, self.inputs.device
-        student.to(device)
-        if self.half:
-            student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        trial = Trial(student, inputs, self.labels, self.teacher, self.classes, self.seed)
-        if self.half and self.teacher is not None:
-            with torch.autocast(device.type, torch.bfloat16):
-                _ = trial.outputs  # kept; the terms themselves are computed in float32
+        student.to(self.inputs.device)
+        trial = Trial(student, self.inputs, self.labels, self.teacher, self.classes, self.seed)
         terms = proxy(self.score).measure(trial)
         return terms if all(math.isfinite(value) for value in terms.values()) else {}
 
