@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgekd.backends import backend
+from edgekd.black_box import cut_out
 from edgekd.blocks import deployed
 from edgekd.cost import CostModel, cost_model
+from edgekd.errors import BackendError, MissingExtraError
 from edgekd.files import sha256_json, write_json
 from edgekd.nets import Outputs, count_parameters, layer_shapes, tapped_forward
 from edgekd.probing import randomised, untouched
@@ -22,6 +25,7 @@ from edgekd.stages.bench import Bench
 from edgekd.stages.refine import refine
 from edgekd.stages.workers import Scorer, Workers
 from edgekd.tasks.classification import normalise, to_tensor
+from edgekd.teacher import run_in_batches
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -31,6 +35,11 @@ def run(bench: Bench) -> dict[str, Any]:
     model = cost_model(bench.run.target, executed_precision(bench))
     limits = budget_limits(bench, model)
     evaluate = _Evaluator(bench, model, limits)
+    missing = (
+        [] if evaluate.scorer.teacher is None else left_out(recipe.search.score, evaluate.scorer.teacher)
+    )
+    for text in missing:
+        bench.run.reporter.say(f"  left out of the score '{recipe.search.score}': {text}")
     try:
         with evaluate.workers:
             found = search(
@@ -49,6 +58,7 @@ def run(bench: Bench) -> dict[str, Any]:
         "search": _metrics(bench, found, model, limits),
         "_unverified": list(model.unverified),
     }
+    metrics["search"]["left_out"] = missing
     if recipe.search.refine:
         resolved = bench.run.record["recipe"]
         how = [resolved["distill"], resolved["data"], recipe.search.refine_epochs]
@@ -126,12 +136,41 @@ def teacher_outputs(bench: Bench, inputs: Tensor) -> Outputs:
     training mode. A teacher without a network is always the trained one."""
     model, seed, classes = bench.loaded.model, bench.recipe.seed, len(bench.spec.classes)
     if model is None:
-        return bench.teacher.outputs(inputs)
+        return _black_box(bench, inputs)
     with torch.no_grad():
         if bench.recipe.search.teacher_state == "trained":
             return tapped_forward(model, inputs, classes)
         with untouched(randomised(model, seed), seed) as fresh:
             return tapped_forward(fresh, inputs, classes)
+
+
+def _black_box(bench: Bench, inputs: Tensor) -> Outputs:
+    """Logits of an ONNX teacher, and the classifier's input and the last maps where its graph shows them."""
+    teacher = bench.teacher
+    assert teacher.onnx is not None
+    folder = bench.run.folder / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Tensor] = {}
+    for part, path in cut_out(teacher.onnx, folder).items():
+        try:
+            session = backend("onnxruntime").open(path, threads=1)
+            made = run_in_batches(session, inputs.numpy(), teacher.batch)
+        except (BackendError, MissingExtraError) as error:
+            bench.run.reporter.say(f"  the teacher's {part} cannot be read from its graph: {error.message}")
+            continue
+        found[part] = torch.from_numpy(made)
+    return Outputs(teacher.logits(inputs), found.get("embedding"), found.get("features"))
+
+
+def left_out(score: str, teacher: Outputs) -> list[str]:
+    """What a score beside this teacher does without, in words."""
+    needs = proxy(score).needs
+    said = []
+    if "teacher" in needs and teacher.features is None:
+        said.append("relations are those of the teacher's logits: it shows no feature maps")
+    if "teacher" in needs and "labels" in needs and teacher.embedding is None:
+        said.append("the semantic term: the teacher does not show its classifier's input")
+    return said
 
 
 class _Evaluator:
