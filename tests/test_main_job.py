@@ -371,7 +371,10 @@ def test_a_black_box_teacher_is_distilled_for_a_target_that_wants_floats(
     assert metrics["teacher"]["accuracy"] > 0.9
     assert metrics["teacher"]["parameters"] is None
     assert metrics["teacher"]["size_kind"] == "file"
-    assert set(metrics["search"]["candidates"][metrics["search"]["chosen"]]["terms"]) == {"relation", "semantic"}
+    assert set(metrics["search"]["candidates"][metrics["search"]["chosen"]]["terms"]) == {
+        "relation",
+        "semantic",
+    }
     assert metrics["search"]["left_out"] == []  # the graph shows the classifier's input and the last maps
     assert metrics["quantize"]["mode"] == "none"
     assert "card" in metrics["quantize"]["reason"]
