@@ -304,7 +304,7 @@ def insert(
         for reader in readers:
             reader.replace_input_with(producer, quantized)
     for node in list(made.graph.nodes):
-        if node.target in _WEIGHTED:
+        if node.target in _WEIGHTED and str(node.args[1].target) in sites.weights:
             name = str(node.args[1].target)
             module = "weight_" + name.replace(".", "_")
             made.add_submodule(

@@ -79,6 +79,21 @@ def parity_rows(path: Path, inputs: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def overflows(rows: list[dict[str, Any]]) -> list[str]:
+    """Files that compute something else on AVX2 than on this processor, with by how much, in words: the
+    largest difference to the reference is three times that of the same runtime here, or more."""
+    by_name = {(row["file"], row["executor"]): row for row in rows if not row["reason"]}
+    found = []
+    for (file, executor), row in by_name.items():
+        here = by_name.get((file, "openvino"))
+        if executor.endswith(OLD_ISA) and here and row["max_abs"] > 3 * max(here["max_abs"], 1e-6):
+            ratio = row["max_abs"] / max(here["max_abs"], 1e-6)
+            agreed = row["top1_agreement"]
+            same = "" if agreed is None else f", the same class on {100 * agreed:.0f} % of a batch"
+            found.append(f"{file}: {ratio:.0f} times the difference{same}")
+    return found
+
+
 def _feeds(inputs: Path) -> dict[str, NDArray[Any]]:
     with np.load(inputs, allow_pickle=False) as held:
         return {name: held[name] for name in held.files}

@@ -28,6 +28,8 @@ from edgekd.quantize.fakequant import (
     parameters_of,
 )
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
+from edgekd.quantize.sensitivity import Sensitivity
+from edgekd.quantize.spare import spare_layers
 from edgekd.selection import farthest_first, softmax
 from edgekd.stages.bench import Bench
 from edgekd.stages.search import quantize_mode
@@ -40,13 +42,14 @@ FILE = "4-quantized.safetensors"
 
 @dataclass
 class _Candidate:
-    """One way to quantize; `distance` is the mean squared difference of logits to the float student on the
-    held-out images, `right` its accuracy there."""
+    """One way to quantize its `sites`; `distance` is the mean squared difference of logits to the float
+    student on the held-out images, `right` its accuracy there."""
 
     name: str
     graph: fx.GraphModule
     right: float
     distance: float
+    sites: Sites
 
 
 def run(bench: Bench) -> dict[str, Any]:
@@ -69,11 +72,10 @@ def run(bench: Bench) -> dict[str, Any]:
     inputs, labels = bench.selection
     exact = evaluate(graph, inputs)
 
-    def judge(name: str, quantized: fx.GraphModule) -> _Candidate:
+    def judge(name: str, quantized: fx.GraphModule, places: Sites = sites) -> _Candidate:
         logits = evaluate(quantized, inputs)
-        return _Candidate(
-            name, quantized, accuracy(logits.numpy(), labels.numpy()), float((logits - exact).square().mean())
-        )
+        right = accuracy(logits.numpy(), labels.numpy())
+        return _Candidate(name, quantized, right, float((logits - exact).square().mean()), places)
 
     grids = calibrate(graph, sites, _calibration_batches(bench), scheme, bench.recipe.quantize.calibrator)
     recipe = bench.recipe.quantize
@@ -83,9 +85,21 @@ def run(bench: Bench) -> dict[str, Any]:
     if mode == "qat":
         trained, history = _train(bench, copy.deepcopy(candidates[0].graph))
         candidates.append(judge("qat", trained))
+    limit = accuracy(exact.numpy(), labels.numpy()) - bench.recipe.gate.max_quantization_drop_points / 100
+    healed: tuple[Sensitivity, ...] = ()
+    if all(candidate.right < limit for candidate in candidates):
+
+        def made_for(places: Sites) -> _Candidate:
+            return judge("mixed", insert(graph, places, grids, scheme, largest), places)
+
+        healed, spared = spare_layers(
+            sites, lambda s: made_for(s).distance, lambda s: made_for(s).right >= limit
+        )
+        if spared is not None:
+            candidates.append(made_for(spared))
     chosen = max(candidates, key=lambda c: (c.right, -c.distance))
     reason = ", ".join(f"{c.name} {100 * c.right:.2f} %" for c in candidates)
-    _save(path, parameters_of(chosen.graph, sites), sites, scheme)
+    _save(path, parameters_of(chosen.graph, chosen.sites), chosen.sites, scheme)
     logits = evaluate(chosen.graph, bench.validation_inputs).numpy()
     right = accuracy(logits, bench.data.validation_labels)
     bench.run.reporter.say(
@@ -98,6 +112,8 @@ def run(bench: Bench) -> dict[str, Any]:
             "chosen": chosen.name,
             "reason": f"higher accuracy on {len(labels)} held-out training images: {reason}",
             "dialect": scheme.dialect,
+            "float_layers": [name for name in sites.weights if name not in chosen.sites.weights],
+            "sensitivity": {row.name: row.damage for row in healed},
             "weight_bits": recipe.weight_bits,
             "calibrator": bench.recipe.quantize.calibrator,
             "accuracy": right,

@@ -23,7 +23,7 @@ from edgekd.quantize.scheme import QuantScheme, scheme_for
 from edgekd.run import Reporter
 from edgekd.stages.onnx_choice import Wanted, choose
 from edgekd.stages.onnx_job import Job
-from edgekd.stages.onnx_parity import parity_rows
+from edgekd.stages.onnx_parity import OLD_ISA, overflows, parity_rows
 from edgekd.target import Target
 
 RECORD, KEPT = "quantize.json", "model.onnx"
@@ -81,6 +81,10 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         candidates += _engines(job, candidates, failed)
     rows = _measure(job, wanted, candidates)
     parity = _parity(job, candidates)
+    if told := overflows(parity):
+        reporter.say(
+            f"  8-bit products overflow on {OLD_ISA} without VNNI: {'; '.join(told)}; --target avx2 avoids it"
+        )
     chosen, reason = choose(rows, limit, wanted, quantized=bool(made))
     by_id = {candidate.id: candidate for candidate in candidates}
     kept = wanted.folder / KEPT

@@ -34,6 +34,7 @@ from edgekd.quantize.fakequant import (
 from edgekd.quantize.lower import lower
 from edgekd.quantize.qdq import add_pair
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
+from edgekd.quantize.spare import spare_layers
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.stages.export import _check
 from edgekd.stages.quantize import _save, load_quantized
@@ -543,3 +544,49 @@ def test_damping_adds_the_gradient_of_its_squared_distance() -> None:
     rounded = plain(weight).detach()
     torch.testing.assert_close(gradients[1] - gradients[0], 2 * 0.5 * (weight - rounded).detach())
     torch.testing.assert_close(damped(weight), plain(weight))
+
+
+# ---------------------------------------------------------------- layers that stay in float
+
+
+class Uneven(nn.Module):
+    """The second layer reads values of very different size, which one grid cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, 1, 1)
+        self.hard = nn.Conv2d(8, 8, 1)
+        self.last = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.first.weight[0] *= 3e4
+            self.hard.weight[:, 0] /= 3e4
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.hard(torch.relu(self.first(x))))
+        logits: Tensor = self.last(torch.flatten(torch.nn.functional.adaptive_avg_pool2d(y, 1), 1))
+        return logits
+
+
+def test_the_layer_that_breaks_is_found_spared_and_float_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    scheme = SCHEMES["relu from zero"]
+    graph = capture(Uneven(), SPEC.input_shape)
+    sites = find_sites(graph, scheme)
+    grids = calibrate(graph, sites, [inputs(64)], scheme, "min-max")
+    exact = evaluate(graph, inputs(64))
+
+    def damage(places: Sites) -> float:
+        made = insert(graph, places, grids, scheme)
+        return float((evaluate(made, inputs(64)) - exact).square().mean())
+
+    whole = damage(sites)
+    healed, spared = spare_layers(sites, damage, lambda places: damage(places) < 0.5 * whole)
+    assert max(healed, key=lambda row: row.damage).name == "hard.weight"
+    assert spared is not None and spared.weights == ("first.weight", "last.weight")
+    model = insert(graph, spared, grids, scheme).eval()
+    model_onnx = lower(export.to_onnx(graph, SPEC), parameters_of(model, spared), spared, "uint8")
+    stored = {tensor.name for tensor in model_onnx.graph.initializer}
+    assert "hard.weight" in stored and "hard.weight_int8" not in stored
+    np.testing.assert_allclose(
+        run_onnx(model_onnx, tmp_path / "q.onnx"), evaluate(model, inputs()).numpy(), atol=4e-3
+    )
