@@ -70,11 +70,7 @@ class GraphSession:
         self._errors = _runtime_errors()
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
-        """Every output by name.
-
-        Raises:
-            BackendError: the inputs do not fit the graph.
-        """
+        """Every output by name; BackendError where the inputs do not fit the graph."""
         try:
             return dict(zip(self._names, self._session.run(None, feeds), strict=True))
         except self._errors as error:
@@ -127,11 +123,7 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeSession(_load(model, options, batch, shapes), batch)
 
     def open_graph(self, model: bytes, *, threads: int = 1, optimize: bool = False) -> GraphSession:
-        """Load a serialised ONNX model with all its outputs.
-
-        Raises:
-            BackendError: the runtime refuses the graph.
-        """
+        """Load a serialised ONNX model with all its outputs; BackendError where the runtime refuses it."""
         engine = _engine()
         options = _options(threads)
         if not optimize:
@@ -143,13 +135,13 @@ class OnnxRuntimeBackend:
 
     def simplify(self, model: Path, to: Path) -> None:
         """Write the model with constants folded and batch norm in its convolutions; standard operators only.
-
-        Raises:
-            BackendError: the runtime refuses the graph.
+        Products stay apart from their sums: as a Gemm between Reshapes they have no integer kernel.
+        BackendError where the runtime refuses the model.
         """
         options = _options(threads=1)
         options.graph_optimization_level = _engine().GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(to)
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "MatMulAddFusion")
         _load(model, options, batch=None)
 
     def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:

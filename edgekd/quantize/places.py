@@ -18,6 +18,7 @@ from edgekd.quantize.scheme import Grid, QuantScheme
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ACTIVATIONS = ("Relu", "Clip")  # saturation of an integer kernel does these
 _POOLS = ("GlobalAveragePool", "AveragePool")
+_NOT_A_MAP = ("MatMul", "Gemm", "Softmax", "LayerNormalization", "Transpose", "Constant")
 # Values move and do not change: input and output share one grid.
 _MOVERS = ("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Resize", "Split", "Slice")
 # What each dialect's runtime runs in integers beside the layers; the first asks for quantized outputs too.
@@ -109,6 +110,7 @@ class _Finder:
         kinds = [node.op_type for node in graph.node]
         self._attention = "LayerNormalization" in kinds or {"Softmax", "ReduceMean", "Sqrt"} <= set(kinds)
         self._same_as: dict[str, str] = {}
+        self._maps: dict[str, bool] = {}
 
     def find(self) -> Places:
         operations = {}
@@ -165,10 +167,21 @@ class _Finder:
         return tensor not in self._stored and kind == TensorProto.FLOAT
 
     def _is_map(self, tensor: str) -> bool:
-        """A feature map. Sums of a transformer's residual stream, of rank 3, stay float: outliers of a few
-        channels would take its whole grid."""
-        _, rank = self._types.get(tensor, (0, None))
-        return not self._attention or (rank is not None and rank >= 4)
+        """A feature map: made from the input by convolutions and what leaves maps as they are. Scores and
+        residual sums of a transformer are none and stay float: a mask or outliers of a few channels would
+        take their whole grid."""
+        if not self._attention:
+            return True
+        if tensor not in self._maps:
+            node = self._maker.get(tensor)
+            _, rank = self._types.get(tensor, (0, None))
+            if node is None or node.op_type in _NOT_A_MAP:
+                self._maps[tensor] = node is None and rank == 4
+            else:
+                self._maps[tensor] = node.op_type in ("Conv", "ConvTranspose") or all(
+                    self._is_map(name) for name in node.input if name and self._computed(name)
+                )
+        return self._maps[tensor]
 
     def _after_activation(self, tensor: str) -> str:
         readers = self._readers.get(tensor, [])

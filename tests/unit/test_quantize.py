@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
 from edgekd.quantize.spare import spare_layers
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.stages.export import _check
-from edgekd.stages.quantize import _save, load_quantized
+from edgekd.stages.quantize import FILE, _save, load_quantized, rebuild
 from edgekd.target import all_targets, find_target
 from edgekd.train import evaluate
 
@@ -585,6 +586,9 @@ def test_the_layer_that_breaks_is_found_spared_and_float_in_the_file(tmp_path: P
     assert spared is not None and spared.weights == ("first.weight", "last.weight")
     model = insert(graph, spared, grids, scheme).eval()
     model_onnx = lower(export.to_onnx(graph, SPEC), parameters_of(model, spared), spared, "uint8")
+    _save(tmp_path / FILE, parameters_of(model, spared), spared, scheme)
+    run = SimpleNamespace(run=SimpleNamespace(folder=tmp_path), captured=graph)
+    torch.testing.assert_close(evaluate(rebuild(run), inputs()), evaluate(model, inputs()))  # type: ignore[arg-type]
     stored = {tensor.name for tensor in model_onnx.graph.initializer}
     assert "hard.weight" in stored and "hard.weight_int8" not in stored
     np.testing.assert_allclose(
