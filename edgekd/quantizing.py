@@ -72,8 +72,8 @@ def _print(record: dict[str, Any], console: Console) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("", "candidate", "lost", "int8 MACs", "CPU ms", "MiB", ""):
-        table.add_column(name, justify="left" if name in ("", "candidate") else "right")
+    for name in ("", "candidate", "lost", "int8 MACs", "CPU ms", "MiB"):
+        table.add_column(name, justify="left" if name in ("", "candidate") else "right", no_wrap=True)
     for row in record["candidates"]:
         told = [
             "-" if value is None else form.format(value)
@@ -84,8 +84,11 @@ def _print(record: dict[str, Any], console: Console) -> None:
                 (row["size_mib"], "{:.3g}"),
             )
         ]
-        table.add_row("*" if row["id"] == record["chosen"] else "", row["id"], *told, row["reason"][:60])
+        table.add_row("*" if row["id"] == record["chosen"] else "", row["id"], *told)
     console.console.print(table)
+    for row in record["candidates"]:
+        if row["reason"]:
+            console.say(f"{row['id']}: {row['reason']}")
     for name, why in record["engines_failed"].items():
         console.say(f"engine {name} has no row: {why}")
     console.say(f"kept: {record['kept']} ({record['reason']})")

@@ -144,9 +144,20 @@ class _Finder:
         if node.op_type == "ConvTranspose" and any(a.name == "group" and a.i != 1 for a in node.attribute):
             return None  # its output channels lie on two axes
         after: tuple[str, ...] = ()
-        if self._outputs_too and node.op_type != "MatMul":
+        if self._outputs_too and node.op_type == "MatMul":
+            after = (node.output[0],) if self._before_bias(node) else ()
+        elif self._outputs_too:
             after = (self._after_activation(node.output[0]),)
         return Operation(node.name, node.op_type, (node.input[0],), after, node.input[1], axis)
+
+    def _before_bias(self, node: onnx.NodeProto) -> bool:
+        """Whether a stored bias is added to the product, which ONNX Runtime makes one float Gemm unless a
+        quantized tensor lies between."""
+        readers = self._readers.get(node.output[0], [])
+        return any(
+            reader.op_type == "Add" and any(name in self._stored for name in reader.input)
+            for reader in readers
+        )
 
     def _join(self, node: onnx.NodeProto) -> Operation | None:
         if node.op_type not in self._joins:

@@ -89,6 +89,7 @@ def attention(path: Path, width: int = 32, outlier: float = 1.0) -> Path:
         "ln1.g": gain, "ln1.b": np.zeros(width, "f4"), "ln2.g": gain, "ln2.b": np.zeros(width, "f4"),
         "scale": np.array(width**-0.5, "f4"), "first": np.array(0, np.int64),
     }  # fmt: skip
+    weights["up.b"] = (0.1 * draw.standard_normal(4 * width)).astype("f4")
     for name, rows, columns in (
         ("q", width, width), ("k", width, width), ("v", width, width), ("o", width, width),
         ("up", width, 4 * width), ("down", 4 * width, width), ("head", width, CLASSES),
@@ -108,7 +109,8 @@ def attention(path: Path, width: int = 32, outlier: float = 1.0) -> Path:
         make("MatMul", ["mixed", "o.w"], ["o"], "o"),
         make("Add", ["x", "o"], ["r1"], "residual1"),
         make("LayerNormalization", ["r1", "ln2.g", "ln2.b"], ["n2"], "ln2", axis=-1),
-        make("MatMul", ["n2", "up.w"], ["u"], "up"),
+        make("MatMul", ["n2", "up.w"], ["u0"], "up"),
+        make("Add", ["u0", "up.b"], ["u"], "bias"),
         make("Relu", ["u"], ["ur"], "act"),
         make("MatMul", ["ur", "down.w"], ["d"], "down"),
         make("Add", ["r1", "d"], ["r2"], "residual2"),
