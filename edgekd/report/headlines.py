@@ -63,7 +63,7 @@ def _speed_hero(record: Record) -> Markup:
         gain += f"; interval {ends}" if ends else ""
     if not first and ratio is None:
         return Markup()
-    runtime = text(first, "backend") or "the target's runtime"
+    runtime = text(first, "id") or text(first, "backend") or "the target's runtime"
     if figure.kind == facts.UNKNOWN and ratio is not None:
         on_target = f"{gain}. Latency with {runtime}: unknown ({figure.basis})"
         measured = Figure("", f"{facts.significant(ratio)}×", facts.MEASURED, gain)

@@ -22,7 +22,7 @@ import sample_record
 
 from edgekd.errors import StorageError
 from edgekd.report import html_report, markdown_report, print_summary, write_reports
-from edgekd.report.facts import bounds, latency, significant, wilson
+from edgekd.report.facts import bounds, latency, primary, significant, wilson
 from edgekd.report.headlines import headline_figures
 from edgekd.report.svg import Axis, fit_axis
 
@@ -378,3 +378,15 @@ def test_a_browser_draws_something(tmp_path: Path) -> None:
     variance = sum(many * (value - mean) ** 2 for value, many in enumerate(histogram)) / total
     assert variance > 100
     assert max(histogram) < 0.97 * total
+
+
+def test_the_latency_at_the_top_is_that_of_the_shipped_variant() -> None:
+    rows = [
+        {"id": "openvino-int8", "backend": "openvino", "latency_p50_ms": 0.2, "latency_kind": "measured"},
+        {"id": "openvino-bf16", "backend": "openvino", "latency_p50_ms": 0.1, "latency_kind": "measured"},
+    ]
+    metrics = {"variants": rows, "backends": {"openvino": rows[0], "onnxruntime": {"latency_p50_ms": 0.3}}}
+    record = {"target": {"runtime": "openvino"}, "metrics": metrics}
+    assert primary(record)["id"] == "openvino-int8"
+    assert primary(record | {"gate": {"shipped": "openvino-bf16"}})["latency_p50_ms"] == 0.1
+    assert primary(record | {"gate": {"shipped": "onnxruntime-int8"}})["id"] == "openvino-int8"
