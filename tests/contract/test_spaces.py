@@ -152,7 +152,7 @@ def test_weights_depend_on_the_generator_and_on_nothing_else(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_deployed_form_computes_what_the_trained_one_does(name: str) -> None:
     space, inputs = space_of(name, 32, "rgb"), torch.randn(16, 3, 32, 32)
-    for genome in genomes(space, 2):
+    for genome in genomes(space, 1)[::2]:  # the smallest, and one at random
         trained = _settled(space, genome, inputs)
         expected = evaluate(trained, inputs)
         shipped = deployed(trained)
