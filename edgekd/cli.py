@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import click
 
 from edgekd import __version__, labelling, listings, quantizing, scoring
-from edgekd.console import Console
 from edgekd.embed.command import embed
-from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError
+from edgekd.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError
 from edgekd.gating.command import gate
+from edgekd.running import continue_run, run_and_show
 
 _KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
 # What a stage does, and a call that starts from files alone.
@@ -79,7 +78,7 @@ def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run(last: str, **given: Any) -> None:
-    from edgekd.pipeline import default_folder, run_pipeline
+    from edgekd.pipeline import default_folder
     from edgekd.recipe import load_recipe, parse_override
 
     keys = {
@@ -97,21 +96,7 @@ def _run(last: str, **given: Any) -> None:
     overrides |= dict(parse_override(text) for text in given["settings"])
     recipe = load_recipe(given["recipe_file"], overrides)
     folder = given["out"] or default_folder(recipe)
-    with Console() as console:
-        if recipe.teacher.source == "demo":
-            console.say("built-in demonstration: Fashion-MNIST images and a teacher trained on them "
-                        "(--teacher and --data use your own)")  # fmt: skip
-        console.say(f"target {recipe.target}, run folder {folder}")
-        record = run_pipeline(recipe, folder, console, last)
-    if not record:  # one of several processes: the first reports
-        return
-    from edgekd.report import print_summary
-
-    print_summary(record, console.console, folder / "report.html")
-    if given["as_json"]:
-        click.echo(json.dumps(record, default=str))
-    if last == "bundle":
-        raise SystemExit(EXIT_GATE[record["verdict"]])
+    run_and_show(recipe, folder, last, as_json=given["as_json"])
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -199,7 +184,7 @@ def quantize(model: Path | None, weights_only: str | None, compare_engines: bool
 
 @cli.command()
 @click.argument(
-    "models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
+    "models", metavar="MODELS... | RUN", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True)
 )
 @click.option(
     "--backend", "backends", multiple=True, help="onnxruntime or openvino; several times for several."
@@ -213,9 +198,10 @@ def quantize(model: Path | None, weights_only: str | None, compare_engines: bool
               help="Of ssh, in place of your own.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers on stdout as JSON.")
 def profile(models: tuple[Path, ...], backends: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Latency and int8 coverage of ONNX files at batch 1, interleaved in one fresh process.
+    """Latency and int8 coverage of ONNX files at batch 1, interleaved in one fresh process; or of a run's.
 
     \b
+    A run: edgekd profile runs/jetson             (all up to its profile stage)
     Example: edgekd profile float.onnx int8.onnx --backend openvino
     Devices: edgekd profile int8.onnx --backend onnxruntime --on ssh://pi@board --on ssh://pi@other
     """
@@ -223,6 +209,11 @@ def profile(models: tuple[Path, ...], backends: tuple[str, ...], as_json: bool, 
     from edgekd.remote import ssh_device
     from edgekd.stages.files import profile_files, profile_on
 
+    if any(model.is_dir() for model in models):
+        if len(models) > 1:
+            raise click.UsageError("one run at a time, or ONNX files")
+        continue_run(models[0], "profile", as_json=as_json)
+        return
     rounds = 40
     protocol = Protocol(given["threads"], rounds, -(-given["calls"] // rounds))
     if given["urls"]:

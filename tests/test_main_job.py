@@ -281,6 +281,40 @@ def test_the_same_command_finds_everything_up_to_date(finished: Finished, tiny: 
     (finished.folder / "record.json").write_text(before)
 
 
+def test_a_run_is_profiled_and_gated_by_its_folder(finished: Finished, tiny: Tiny) -> None:
+    before = (finished.folder / "record.json").read_text()
+    for stage in ("profile", "gate"):
+        command = [*edgekd_command(stage), str(finished.folder), "--json"]
+        done = subprocess.run(
+            command, cwd=tiny.folder, env=environment(tiny), capture_output=True, text=True, check=False
+        )
+        record = strict_json(done.stdout)
+        assert f"{stage}: up to date" in done.stderr or record["verdict"] not in ("PASS", "FAIL")
+        assert done.returncode == (EXIT_GATE[record["verdict"]] if stage == "gate" else 0), done.stderr
+    (finished.folder / "record.json").write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["gate", "."], "it has no recipe.toml"),
+        (["profile", "."], "it has no recipe.toml"),
+        (["gate", "tiny_teacher.py"], "--reference is missing"),
+        (["profile", ".", "tiny_teacher.py"], "one run at a time"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused(tiny: Tiny, words: list[str], text: str) -> None:
+    done = subprocess.run(
+        edgekd_command(*words),
+        cwd=tiny.folder,
+        env=environment(tiny),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, text in done.stderr) == (2, True), done.stderr
+
+
 # The command line with a training plan that does not depend on measured speed, and a process that is
 # killed at one call of one function.
 PINNED = """

@@ -9,13 +9,15 @@ from typing import Any
 
 import click
 
+from edgekd.running import continue_run
+
 _FILE = click.Path(path_type=Path, exists=True)
 _WIDTH = 13
 
 
 @click.command()
-@click.argument("candidate", type=_FILE)
-@click.option("--reference", required=True, type=_FILE, help="ONNX file or bundle to compare with.")
+@click.argument("candidate", type=_FILE, metavar="CANDIDATE | RUN")
+@click.option("--reference", type=_FILE, help="ONNX file or bundle to compare with.")
 @click.option("--backend", help="onnxruntime or openvino.  [default: a bundle's own, else onnxruntime]")
 @click.option("--precision", default="f32", show_default=True, type=click.Choice(["f32", "bf16"]),
               help="Of operators not quantized in an ONNX file.")  # fmt: skip
@@ -48,17 +50,24 @@ _WIDTH = 13
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False),
               help="Folder for gate.json, junit.xml, gate.sarif, summary.md.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result on stdout as JSON.")
-def gate(candidate: Path, reference: Path, out: Path | None, inconclusive: str | None, as_json: bool,
+def gate(candidate: Path, reference: Path | None, out: Path | None, inconclusive: str | None, as_json: bool,
          **given: Any) -> None:  # fmt: skip
-    """Is CANDIDATE slower, or worse, than the reference? Two ONNX files or bundles with the same inputs.
+    """Is CANDIDATE slower, or worse, than the reference? Two ONNX files or bundles with the same inputs. Of
+    RUN, a run's folder: does its student meet the run's own limits?
 
     \b
+    A run: edgekd gate runs/jetson
     Example: edgekd gate new.onnx --reference released.onnx --max-ratio 1.05
     Accuracy: edgekd gate new.ekd --reference released.ekd --data images/ --max-drop 1.0
     Exit: 0 PASS, 1 FAIL, 3 INCONCLUSIVE, 75 UNUSABLE
     """
     from edgekd.gating.outputs import append_step_summary, measured, workflow_commands, write_outputs
 
+    if reference is None:
+        if not candidate.is_dir():
+            raise click.UsageError("--reference is missing: the ONNX file or bundle to compare with")
+        continue_run(candidate, "gate", as_json=as_json)
+        return
     result = _compare(candidate, reference, given | {"out": out})
     if out is not None:
         write_outputs(result, out)
