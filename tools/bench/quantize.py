@@ -320,6 +320,7 @@ def bits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         largest = largest_codes(graph, sites, scheme, count, {})
         rows.append({"bits": count, "way": "ptq",
                      "accuracy": accuracy(insert(graph, sites, grids, scheme, largest))})  # fmt: skip
+        print(rows[-1], file=sys.stderr)
         for way, taught in (("qat, labels", None), ("qat, teacher", teacher)):
             torch.manual_seed(0)
             model = insert(graph, sites, grids, scheme, largest)
