@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
-from edgekd.errors import BackendError, DeviceError, UsageError
+from edgekd.backends.feeds import external_files
+from edgekd.errors import BackendError, DeviceError, MissingExtraError, UsageError
 from edgekd.profiler import Device
 
 _Item = TypeVar("_Item")
@@ -211,8 +212,10 @@ def pack(order: dict[str, Any], to: IO[bytes]) -> dict[str, str]:
     there: dict[str, str] = {}
     for path in [variant["model"] for variant in order["variants"]]:
         if path not in there:
-            there[path] = f"model{len(there)}{Path(path).suffix}"
+            folder, there[path] = f"model{len(there)}", f"model{len(there)}/{Path(path).name}"
             names[there[path]] = path
+            for beside in _beside(Path(path)):
+                names[f"{folder}/{beside.relative_to(Path(path).resolve().parent)}"] = str(beside)
     order = order | {"variants": [v | {"model": there[v["model"]]} for v in order["variants"]]}
     for key, name in (("data", "data.npz"), ("stored", "stored.npz")):
         if key in order:
@@ -233,6 +236,14 @@ def pack(order: dict[str, Any], to: IO[bytes]) -> dict[str, str]:
         entry.size = len(data)
         archive.addfile(entry, io.BytesIO(data))
     return names
+
+
+def _beside(model: Path) -> tuple[Path, ...]:
+    """Files of weights that belong to a model; one that is no ONNX model is refused there, in its words."""
+    try:
+        return external_files(model)
+    except (BackendError, MissingExtraError):
+        return ()
 
 
 def sensed(before: Sequence[str], after: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgekd.errors import BackendError, UsageError, missing_extra
 
 _LARGEST = 2**31  # bytes of a protobuf message
+_AGAIN = "export the model again"
 _LARGEST_INDEX = 2  # random whole numbers of 32 and 64 bits are below this: they may be indices
 
 
@@ -45,21 +46,7 @@ def read_feeds(model: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
         UsageError: a size is not known, or `shapes` names no input or another rank.
         MissingExtraError: the package onnx is not installed.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise missing_extra("onnx", "train", "reading an ONNX graph") from error
-    undecodable = importlib.import_module("google.protobuf.message").DecodeError
-    hint = "export the model again"
-    try:
-        if (size := model.stat().st_size) >= _LARGEST:
-            raise BackendError(
-                f"{model} has {size} bytes; an ONNX file has less than {_LARGEST}",
-                "store large weights as external data",
-            )
-        graph = onnx.load(model, load_external_data=False).graph
-    except (OSError, undecodable) as error:
-        raise BackendError(f"cannot read {model} as an ONNX model: {error}", hint) from error
+    graph, hint = _read(model).graph, _AGAIN
     constants = {tensor.name for tensor in graph.initializer}
     values = [value for value in graph.input if value.name not in constants]
     if not values:
@@ -68,6 +55,42 @@ def read_feeds(model: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
         known = ", ".join(value.name for value in values)
         raise UsageError(f"--shape {unknown[0]}: {model} has no such input; it has: {known}")
     return tuple(_feed(value, model, (shapes or {}).get(value.name)) for value in values)
+
+
+def external_files(model: Path) -> tuple[Path, ...]:
+    """The files beside a model that hold weights too large for it, sorted.
+
+    Raises:
+        BackendError: not an ONNX file, or one that names a file outside its folder, or one that is missing.
+    """
+    tensors = _read(model).graph.initializer
+    names = {entry.value for one in tensors for entry in one.external_data if entry.key == "location"}
+    folder = model.resolve().parent
+    files = tuple(sorted(folder / name for name in names))
+    for file in files:
+        if not file.resolve().is_relative_to(folder) or not file.is_file():
+            raise BackendError(
+                f"{model}: its weights lie in '{file}', which is not a file of its folder", _AGAIN
+            )
+    return files
+
+
+def _read(model: Path) -> Any:
+    """The model without its external data."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing_extra("onnx", "train", "reading an ONNX graph") from error
+    undecodable = importlib.import_module("google.protobuf.message").DecodeError
+    try:
+        if (size := model.stat().st_size) >= _LARGEST:
+            raise BackendError(
+                f"{model} has {size} bytes; an ONNX file has less than {_LARGEST}",
+                "store large weights as external data",
+            )
+        return onnx.load(model, load_external_data=False)
+    except (OSError, undecodable) as error:
+        raise BackendError(f"cannot read {model} as an ONNX model: {error}", _AGAIN) from error
 
 
 def _feed(value: object, model: Path, given: Sequence[int] | None) -> Feed:

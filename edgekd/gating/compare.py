@@ -86,7 +86,7 @@ def compare(
     if how.device is HERE:
         checks += candidate.golden_check("candidate")
     checks.append(_coverage(candidate, limits.min_coverage))
-    checks.append(size_check(candidate.model.stat().st_size, limits.max_size_mib, name="size"))
+    checks.append(size_check(candidate.size_bytes, limits.max_size_mib, name="size"))
     verdict = overall(checks)
     return {
         "format": "edgekd-gate",

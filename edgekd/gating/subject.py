@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.backends import backend
-from edgekd.backends.feeds import Feed, read_feeds
+from edgekd.backends.feeds import Feed, external_files, read_feeds
 from edgekd.checks import Check
 from edgekd.errors import BundleError, UsageError
 from edgekd.files import sha256_file
@@ -38,6 +38,11 @@ class Subject:
     loaded: Model | None = None
     tolerance: float = 0.0
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the file and of the weights beside it."""
+        return sum(path.stat().st_size for path in (self.model, *external_files(self.model)))
+
     def measured(self, name: str) -> Measured:
         """As the profiler takes it."""
         return Measured(name, self.backend, str(self.model), self.precision)
@@ -48,7 +53,7 @@ class Subject:
             "file": str(self.given),
             "variant": self.variant or None,
             "sha256": sha256_file(self.model),
-            "bytes": self.model.stat().st_size,
+            "bytes": self.size_bytes,
             "backend": self.backend,
             "precision": self.precision,
         }

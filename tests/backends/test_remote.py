@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from edgekd import cli
-from edgekd.backends.feeds import image_feed
+from edgekd.backends.feeds import external_files, image_feed
 from edgekd.cost import Roofline, cost_model
 from edgekd.errors import BackendError, DeviceError, StorageError, UsageError
+from edgekd.gating.subject import resolve
 from edgekd.profiler import HERE, Device, Here, Protocol, Variant, evaluate, run_session
 from edgekd.remote import SshDevice, pooled, sensed, ssh_device
 from edgekd.spec import LayerShape, ModelSpec, Preprocessing
@@ -137,6 +138,20 @@ def test_outputs_come_back_and_are_those_of_this_machine(server: Server, model: 
         assert here["a"].shape == (5, 10)
         np.testing.assert_array_equal(here["a"], there["a"])
         np.testing.assert_allclose(here["written"], there["a"], atol=1e-5)
+
+
+def test_weights_beside_the_model_go_along(server: Server, model: Path, tmp_path: Path) -> None:
+    import onnx
+
+    big = tmp_path / "big.onnx"
+    onnx.save(onnx.load(model), big, save_as_external_data=True, location="big.weights", size_threshold=0)
+    assert external_files(big) == (tmp_path / "big.weights",)
+    _session(server.device(), big)
+    subject = resolve(big, runtime="", precision="f32", variant="", shapes={})
+    assert subject.size_bytes == big.stat().st_size + (tmp_path / "big.weights").stat().st_size
+    (tmp_path / "big.weights").unlink()
+    with pytest.raises(BackendError, match=r"big\.weights', which is not a file of its folder"):
+        external_files(big)
 
 
 def test_the_gate_on_a_device_compares_accuracy_too(
