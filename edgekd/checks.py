@@ -38,7 +38,12 @@ class Check:
 
 def overall(checks: Sequence[Check]) -> Verdict:
     """The worst verdict: FAIL, then UNUSABLE, INCONCLUSIVE, PASS. NOT_MEASURED alone is UNUSABLE."""
-    measured = [check.verdict for check in checks if check.verdict != "NOT_MEASURED"]
+    return worst([check.verdict for check in checks])
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """As `overall`, of verdicts alone."""
+    measured = [verdict for verdict in verdicts if verdict != "NOT_MEASURED"]
     return max(measured, key=_SEVERITY.index) if measured else "UNUSABLE"
 
 

@@ -77,8 +77,8 @@ def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda made, option: option(made), reversed(options), command)
 
 
-def _run(last: str, **given: Any) -> None:
-    from edgekd.pipeline import default_folder
+def _recipe(given: dict[str, Any]) -> Any:
+    """The recipe of a file and of options."""
     from edgekd.recipe import load_recipe, parse_override
 
     keys = {
@@ -94,7 +94,13 @@ def _run(last: str, **given: Any) -> None:
         if given[name]:
             overrides[f"teacher.{name}"] = _numbers(name, given[name])
     overrides |= dict(parse_override(text) for text in given["settings"])
-    recipe = load_recipe(given["recipe_file"], overrides)
+    return load_recipe(given["recipe_file"], overrides)
+
+
+def _run(last: str, **given: Any) -> None:
+    from edgekd.pipeline import default_folder
+
+    recipe = _recipe(given)
     folder = given["out"] or default_folder(recipe)
     run_and_show(recipe, folder, last, as_json=given["as_json"])
 
@@ -140,6 +146,32 @@ def _add_stage(name: str, text: str, files: str) -> None:
     @_recipe_options
     def stage(**given: Any) -> None:
         _run(name, **given)
+
+
+@cli.command()
+@click.option("--targets", required=True, metavar="A,B,…", help="Names of `edgekd targets list`, or paths.")
+@_recipe_options
+def sweep(targets: str, **given: Any) -> None:
+    """Compress one teacher for several targets; a float student is shared where the cards allow it.
+
+    \b
+    Example: edgekd sweep --targets jetson,rpi5,x86 --teacher my.models:build --weights t.safetensors \\
+               --data images/ --out runs/all
+    Exit: the worst verdict's, or that of the first target that failed with an error
+    """
+    from edgekd.checks import worst
+    from edgekd.sweeping import sweep as run_sweep
+
+    if given["target"]:
+        raise click.UsageError("--target is for one device; --targets names them all")
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    with Console() as console:
+        found = run_sweep(_recipe(given), names, given["out"] or Path("runs/sweep"), console)
+    listings.emit({row["target"]: row for row in (one.row() for one in found)}, given["as_json"])
+    for one in found:
+        if one.error is not None:
+            raise one.error
+    raise SystemExit(EXIT_GATE[worst([one.record["verdict"] for one in found if one.record])])
 
 
 for _name, (_text, _files) in _STAGE_HELP.items():

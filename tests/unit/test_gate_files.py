@@ -81,7 +81,7 @@ def test_a_slower_model_fails_and_a_faster_one_passes(
     assert (result["times"]["cand"]["wall_p99_ms"] is None) == (calls < 662)
     assert len(result["sessions"]) == result["restarts"] >= 2
     assert {path.name for path in Path("out").iterdir()} == {
-        "gate.json", "junit.xml", "gate.sarif", "summary.md"
+        "gate.json", "junit.xml", "gate.sarif", "summary.md", "sessions.jsonl"
     }  # fmt: skip
     assert json.loads(Path("out/gate.json").read_text()) == result
     suite = ElementTree.parse("out/junit.xml").getroot()[0]
