@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from edgekd import __version__, labelling, listings, quantizing, scoring
+from edgekd.console import Console
 from edgekd.embed.command import embed
-from edgekd.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError
+from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError
 from edgekd.gating.command import gate
 from edgekd.running import continue_run, run_and_show
 
