@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from edgekd.console import Console
 from edgekd.errors import EXIT_GATE, UsageError
-from edgekd.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from edgekd.recipe import Recipe
 
 
 def run_and_show(recipe: Recipe, folder: Path, last: str, *, as_json: bool = False) -> None:
     """All stages up to `last`, those that are up to date left out; what came out; leaves with the code of the
     verdict where there is one."""
+    from edgekd.console import Console
     from edgekd.pipeline import run_pipeline
 
     with Console() as console:
@@ -40,6 +43,8 @@ def continue_run(folder: Path, last: str, *, as_json: bool = False) -> None:
     Raises:
         UsageError: the folder is not that of a run.
     """
+    from edgekd.recipe import load_recipe
+
     recipe = folder / "recipe.toml"
     if not recipe.is_file():
         raise UsageError(
