@@ -16,6 +16,8 @@ from samples import CLASSES, Tiny, settings, shapes
 
 from edgekd import cli
 
+pytestmark = pytest.mark.slow  # each starts the command line
+
 # What a run that failed may leave: its own files, each of them whole.
 OWN = re.compile(
     r"\.lock|recipe\.toml|record\.json|1-teacher\.json|checkpoints|search\.jsonl|teacher-[0-9a-f]{12}\.onnx"
@@ -161,7 +163,6 @@ def test_a_truncated_image_is_named(edgekd: Terminal, tiny: Tiny, tmp_path: Path
     edgekd("--teacher", "tiny_teacher:build", "--data", data).says(11, str(broken), "skip_bad=true")
 
 
-@pytest.mark.slow
 def test_images_left_out_are_counted_and_an_impossible_budget_names_the_nearest(
     edgekd: Terminal, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -203,14 +204,12 @@ def test_a_deviation_of_zero_is_refused(edgekd: Terminal, tiny: Tiny) -> None:
 # ---------------------------------------------------------------- teachers
 
 
-@pytest.mark.slow
 def test_a_teacher_with_other_classes_is_refused(edgekd: Terminal, tiny: Tiny) -> None:
     edgekd("--teacher", "tiny_teacher:five_classes", "--data", tiny.data).says(
         12, "has 5 outputs, the data has 4 classes"
     )
 
 
-@pytest.mark.slow
 def test_a_teacher_at_chance_is_refused(edgekd: Terminal, tiny: Tiny) -> None:
     edgekd("--teacher", "tiny_teacher:build", "--data", tiny.data).says(12, "chance is 25.0 %", "--mean")
 

@@ -128,6 +128,7 @@ def test_unverified_numbers_are_named_when_they_are_used() -> None:
     assert model.unverified == ("compute[0].peak.int8_tops",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_targets())
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
 def test_every_card_gives_a_prediction_or_none(name: str, precision: str) -> None:

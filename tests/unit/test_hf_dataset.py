@@ -45,6 +45,7 @@ def _stored(
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validation", ["validation", "test"])
 def test_stored_data_set(tmp_path: Path, validation: str) -> None:
     data = load(_stored(tmp_path / "d", ("train", validation)))

@@ -568,6 +568,7 @@ class Uneven(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_the_layer_that_breaks_is_found_spared_and_float_in_the_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     scheme = SCHEMES["relu from zero"]

@@ -37,6 +37,7 @@ def test_scores_are_listed_with_what_they_need() -> None:
     assert all(name in text for name in rows)
 
 
+@pytest.mark.slow
 def test_several_students_are_scored_beside_their_costs_and_ranked(tmp_path: Path) -> None:
     blueprint = {"space": "mobile-cnn", "genome": [0] * 18, "channel_multiple": 8, "kernels": [3, 5]}
     path = tmp_path / "2-student.json"

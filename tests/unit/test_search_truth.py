@@ -61,6 +61,7 @@ def test_a_code_of_depths_is_a_cifar_resnet(truth: ModuleType) -> None:
     assert convolutions == 432 + 6 * 2304 + (4608 + 5 * 9216 + 512) + (18432 + 5 * 36864 + 2048)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_the_space_keeps_exactly_the_live_part_of_a_cell(seed: int, truth: ModuleType) -> None:
     spec = ModelSpec(Preprocessing(32, 32, "rgb", (0.0,) * 3, (1.0,) * 3), ("a", "b"))

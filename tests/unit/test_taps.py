@@ -420,6 +420,7 @@ def test_two_tappings_of_one_network_do_not_meet() -> None:
     assert second(images()).embedding is not None
 
 
+@pytest.mark.slow
 def test_a_tapped_network_can_still_be_captured() -> None:
     """The hooks leave no operator in the graph."""
     model = seeded(ResNet)
@@ -428,6 +429,7 @@ def test_a_tapped_network_can_still_be_captured() -> None:
     assert [str(node.target) for node in capture(model, (3, 16, 16)).graph.nodes] == plain
 
 
+@pytest.mark.slow
 def test_a_compiled_pass_gives_the_same_taps() -> None:
     network = tapped(seeded(ResNet), "stages", "embedding")
     exact = network(images())

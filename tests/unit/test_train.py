@@ -107,6 +107,7 @@ def without_time(history: list[dict[str, float]]) -> list[dict[str, float]]:
 # ---------------------------------------------------------------- resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("step", [1, 6, 8, 11])
 def test_a_killed_training_ends_with_the_same_bits(plan: str, step: int, tmp_path: Path) -> None:
