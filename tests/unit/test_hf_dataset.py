@@ -13,6 +13,8 @@ from PIL import Image
 
 from edgekd.errors import MissingExtraError
 
+pytestmark = pytest.mark.slow  # starts the datasets library
+
 
 def test_missing_datasets_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dataset_dict.json").write_text("{}")
@@ -45,7 +47,6 @@ def _stored(
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("validation", ["validation", "test"])
 def test_stored_data_set(tmp_path: Path, validation: str) -> None:
     data = load(_stored(tmp_path / "d", ("train", validation)))

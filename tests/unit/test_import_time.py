@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts processes
+
 HEAVY = (
     "torch", "torchvision", "timm", "transformers", "datasets", "onnx", "onnxscript", "onnxruntime",
     "openvino", "tensorrt", "tensorrt_rtx", "optuna", "safetensors", "PIL", "numpy", "rich.console",

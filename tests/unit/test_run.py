@@ -19,6 +19,8 @@ from edgekd.recipe import Recipe, load_recipe
 from edgekd.run import STAGES, Run, Silent, fingerprint
 from edgekd.target import find_target
 
+pytestmark = pytest.mark.slow  # whole runs of small stages
+
 
 class Listener(Silent):
     def __init__(self) -> None:
@@ -86,14 +88,12 @@ def test_a_stage_that_did_not_run_again_says_so(tmp_path: Path) -> None:
     assert run.reporter.lines == ["[1/8] teacher: up to date"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_a_changed_input_runs_its_stage_and_all_later_ones(name: str, tmp_path: Path) -> None:
     go(tmp_path)
     assert go(tmp_path, {name: "new"}) == list(STAGES[STAGES.index(name) :])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_a_deleted_artefact_is_made_again(name: str, tmp_path: Path) -> None:
     go(tmp_path)

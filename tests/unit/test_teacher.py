@@ -23,6 +23,8 @@ from edgekd.recipe import TeacherRecipe
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.teacher import LoadedTeacher, Teacher, check_teacher, load_teacher, use_fastest_runtime
 
+pytestmark = pytest.mark.slow  # exports networks
+
 SPEC = ModelSpec(Preprocessing(SIZE, SIZE, "grey", (0.0,), (1.0,)), CLASSES)
 
 
