@@ -189,7 +189,7 @@ for _name, (_text, _files) in _STAGE_HELP.items():
 @click.option(
     "--compare-engines",
     is_flag=True,
-    help="Of MODEL, also candidates by onnxruntime, nncf, neural-compressor.",
+    help="Of MODEL, also candidates by onnxruntime and nncf.",
 )
 @_recipe_options
 def quantize(model: Path | None, weights_only: str | None, compare_engines: bool, **given: Any) -> None:

@@ -93,10 +93,10 @@ def _read(model: Path) -> Any:
         raise BackendError(f"cannot read {model} as an ONNX model: {error}", _AGAIN) from error
 
 
-def _feed(value: object, model: Path, given: Sequence[int] | None) -> Feed:
+def _feed(value: Any, model: Path, given: Sequence[int] | None) -> Feed:
     import onnx
 
-    name, tensor = value.name, value.type.tensor_type  # type: ignore[attr-defined]
+    name, tensor = value.name, value.type.tensor_type
     try:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
     except KeyError:

@@ -47,7 +47,7 @@ class How:
     Every session is added to the file `kept` as soon as it is measured.
     """
 
-    protocol: Protocol = Protocol(calls=3)  # noqa: RUF009 (frozen)
+    protocol: Protocol = field(default_factory=lambda: Protocol(calls=3))
     clock: str = "cpu"
     device: Device = HERE
     progress: Callable[[str], None] = lambda _: None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgekd.backends import backend
 from edgekd.backends.feeds import Feed, external_files, read_feeds
-from edgekd.checks import Check
+from edgekd.checks import Check, Verdict
 from edgekd.errors import BundleError, UsageError
 from edgekd.files import sha256_file
 from edgekd.manifest import Manifest, Variant, read_manifest
@@ -67,8 +67,8 @@ class Subject:
         except RuntimeBundleError as error:
             raise BundleError(str(error), "copy the bundle again") from error
         difference, note = found["max_abs_diff"], f"variant {self.variant}, largest difference of a logit"
-        verdict = "PASS" if found["ok"] else "FAIL"
-        return [Check(f"golden outputs of the {name}", difference, self.tolerance, None, verdict, "", note)]  # type: ignore[arg-type]
+        verdict: Verdict = "PASS" if found["ok"] else "FAIL"
+        return [Check(f"golden outputs of the {name}", difference, self.tolerance, None, verdict, "", note)]
 
 
 @dataclass(frozen=True)

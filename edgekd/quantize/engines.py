@@ -56,24 +56,9 @@ def _nncf(model: FloatModel, batches: Batches) -> onnx.ModelProto:
     return made
 
 
-def _neural_compressor(model: FloatModel, batches: Batches) -> onnx.ModelProto:
-    """Its static quantization needs a torch module; an ONNX file is none."""
-    try:
-        import neural_compressor  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise missing_extra(
-            "neural-compressor", "neural-compressor", "the engine 'neural-compressor'"
-        ) from error
-    raise BackendError(
-        "neural-compressor 3.8 and later quantizes torch modules only and reads no ONNX file",
-        "compare it on a student: it is no engine for a file",
-    )
-
-
 _TABLE: dict[str, Callable[[FloatModel, Batches], onnx.ModelProto]] = {
     "onnxruntime": _onnxruntime,
     "nncf": _nncf,
-    "neural-compressor": _neural_compressor,
 }
 
 

@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,8 @@ class Workers:
     ) -> None:
         self._scorer, self._processes, self._cluster, self._say = scorer, processes, cluster, say
         self._executor: Executor | None = None
+        self._client: Any = None  # of a cluster
+        self._deaths: tuple[type[Exception], ...] = (BrokenProcessPool,)
 
     def __enter__(self) -> Workers:
         return self
@@ -85,32 +88,42 @@ class Workers:
 
     def _start(self) -> Executor:
         if self._cluster:
-            return dask_executor(self._cluster)
+            self._client = dask_client(self._cluster)
+            from distributed import KilledWorker
+
+            self._deaths = (KilledWorker,)
+            executor: Executor = self._client.get_executor()
+            return executor
         return ProcessPoolExecutor(self._processes, get_context("spawn"))
 
     def _result(self, future: Future[Terms] | None) -> Terms | None:
         """None where the worker died. Its pool dies with it, and so do the others' results."""
         try:
             return None if future is None else future.result()
-        except BrokenProcessPool:
-            self._stop()
+        except self._deaths:
+            if not self._cluster:
+                self._stop()
             return None
 
     def _alone(self, genome: Genome) -> Terms:
-        """Once more, with nothing else in the pool that could have killed it."""
-        found = self._result(self._submit(genome))
+        """Once more, with nothing else in the pool that could have killed it. A cluster has tried it on several
+        workers already, and the others' results live on."""
+        found = None if self._cluster else self._result(self._submit(genome))
         if found is None:
             self._say(f"  a worker died while scoring {list(genome)}: the student is left out")
         return found or {}
 
     def _stop(self) -> None:
         if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-            self._executor = None
+            if self._client is None:
+                self._executor.shutdown(cancel_futures=True)
+            else:
+                self._client.close()
+            self._executor = self._client = None
 
 
-def dask_executor(address: str) -> Executor:
-    """The workers of a Dask scheduler as an executor; they need this package in the same version.
+def dask_client(address: str) -> Any:
+    """A ``distributed.Client`` of a Dask scheduler, whose workers need this package in the same version.
 
     Raises:
         MissingExtraError: the package distributed is not installed.
@@ -121,10 +134,9 @@ def dask_executor(address: str) -> Executor:
     except ImportError as error:
         raise missing_extra("distributed", "dask", f"search.cluster = '{address}'") from error
     try:
-        made: Executor = Client(address, timeout=10).get_executor()
+        return Client(address, timeout=10)
     except (OSError, ValueError, TimeoutError) as error:
         raise StorageError(
             f"no Dask scheduler answers at '{address}': {error}",
             "start one (dask scheduler, dask worker tcp://…:8786), or leave search.cluster empty",
         ) from error
-    return made

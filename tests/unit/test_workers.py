@@ -13,7 +13,7 @@ from edgekd.errors import MissingExtraError
 from edgekd.nets import Outputs
 from edgekd.spaces import Genome, search_space
 from edgekd.spec import ModelSpec, Preprocessing
-from edgekd.stages.workers import Scorer, Workers, dask_executor
+from edgekd.stages.workers import Scorer, Workers, dask_client
 
 GENOMES = [(0, 0, 0), (1, 0, 2), (3, 3, 3), (2, 1, 0)]
 
@@ -78,5 +78,19 @@ def test_a_cluster_without_its_package_names_the_extra() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "distributed", None)
         with pytest.raises(MissingExtraError) as caught:
-            dask_executor("tcp://localhost:1")
+            dask_client("tcp://localhost:1")
     assert "edgekd[dask]" in caught.value.hint
+
+
+@pytest.mark.backends
+def test_a_cluster_finds_what_one_process_finds_and_survives_a_deadly_student() -> None:
+    distributed = pytest.importorskip("distributed")
+    score, said = scorer(), list[str]()
+    alone = list(Workers(score, 1, "", print)(GENOMES))
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with Workers(score, 1, cluster.scheduler_address, said.append) as workers:
+            assert list(workers(GENOMES)) == alone
+        assert not said
+        with Workers(Deadly(GENOMES[1]), 1, cluster.scheduler_address, said.append) as workers:
+            assert list(workers(GENOMES)) == [{"a": 0.0}, {}, {"a": 9.0}, {"a": 3.0}]
+    assert len(said) == 1
