@@ -106,8 +106,8 @@ class Workers:
             return None
 
     def _alone(self, genome: Genome) -> Terms:
-        """Once more, with nothing else in the pool that could have killed it. A cluster has tried it on several
-        workers already, and the others' results live on."""
+        """Once more, with nothing else in the pool that could have killed it. A cluster has tried it on
+        several workers already."""
         found = None if self._cluster else self._result(self._submit(genome))
         if found is None:
             self._say(f"  a worker died while scoring {list(genome)}: the student is left out")
