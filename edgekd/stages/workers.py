@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -76,7 +76,10 @@ class Workers:
         futures = [self._submit(genome) for genome in genomes]
         for genome, future in zip(genomes, futures, strict=True):
             found = self._result(future)
-            yield self._alone(genome) if found is None else found
+            if found is None:
+                wait([other for other in futures if other is not None])
+                found = self._alone(genome)
+            yield found
 
     def _submit(self, genome: Genome) -> Future[Terms] | None:
         if self._executor is None:
@@ -92,7 +95,7 @@ class Workers:
             from distributed import KilledWorker
 
             self._deaths = (KilledWorker,)
-            executor: Executor = self._client.get_executor()
+            executor: Executor = self._client.get_executor(pure=False)  # a second try is a new task
             return executor
         return ProcessPoolExecutor(self._processes, get_context("spawn"))
 
@@ -106,9 +109,9 @@ class Workers:
             return None
 
     def _alone(self, genome: Genome) -> Terms:
-        """Once more, with nothing else in the pool that could have killed it. A cluster has tried it on
-        several workers already."""
-        found = None if self._cluster else self._result(self._submit(genome))
+        """Once more, with nothing else running that could have killed it: Dask too blames every task that
+        was queued at a worker when it died."""
+        found = self._result(self._submit(genome))
         if found is None:
             self._say(f"  a worker died while scoring {list(genome)}: the student is left out")
         return found or {}
