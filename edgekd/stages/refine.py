@@ -30,10 +30,10 @@ from edgekd.stages.bench import Bench
 from edgekd.stages.curriculum import SUGGEST, Phase
 from edgekd.stages.lesson import prepare, teacher_for
 from edgekd.stages.student import Blueprint
-from edgekd.stages.training import DISTILL_RATE, train
+from edgekd.stages.training import Taught, stage_of, train
 from edgekd.stages.workers import Scorer, Terms
 from edgekd.tasks.classification import normalise, to_tensor
-from edgekd.train import Stage, evaluate, fit
+from edgekd.train import evaluate, fit
 from edgekd.views import CachedTeacher, Views
 
 _SHARE = 0.5  # of the training images that short trainings see
@@ -234,24 +234,10 @@ class _Store:
         if isinstance(teacher, CachedTeacher):
             self._stored_teacher = self._stored_teacher or teacher
             teacher = self._stored_teacher
-        stage = Stage(
-            name=f"try candidate {number + 1}",
-            model=lesson.model,
-            views=course.views,
-            labels=course.labels,
-            teacher=teacher,
-            distillers=lesson.distillers,
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            ema_decay=0.0,  # an average over so few steps would lag behind
-            seed=bench.recipe.seed,
-            plan=course.plan,
-            optimizer=recipe.optimizer,
-            hard_weight=recipe.hard_weight,
-            rate_key=DISTILL_RATE,
-        )
+        taught = Taught(course.views, course.labels, teacher)
+        name = f"try candidate {number + 1}"
+        stage = stage_of(name, recipe, lesson, taught, bench.recipe.seed, course.plan)
+        stage = replace(stage, ema_decay=0.0)  # an average over so few steps would lag behind
         fit(stage, bench.run.reporter.step)
         return deployed(lesson.deploy())
 

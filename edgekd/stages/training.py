@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgekd.plan import Plan, probe
+from edgekd.recipe import DistillRecipe
 from edgekd.stages.bench import Bench
 from edgekd.stages.curriculum import Phase
 from edgekd.stages.lesson import Lesson, prepare, teacher_for
@@ -27,6 +28,40 @@ class Trained:
     history: list[dict[str, float]]
     plan: Plan
     rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a training reads: views, their labels, and the teacher's answers to them."""
+
+    views: Views
+    labels: Tensor
+    teacher: CachedTeacher | nn.Module | None
+
+
+def stage_of(
+    name: str, recipe: DistillRecipe, lesson: Lesson, taught: Taught, seed: int, plan: Plan
+) -> Stage:
+    """One training by a recipe as the loop takes it, without a checkpoint."""
+    return Stage(
+        name=name,
+        model=lesson.model,
+        views=taught.views,
+        labels=taught.labels,
+        teacher=taught.teacher,
+        distillers=lesson.distillers,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        ema_decay=recipe.ema_decay,
+        seed=seed,
+        plan=plan,
+        optimizer=recipe.optimizer,
+        milestones=recipe.milestones,
+        hard_weight=recipe.hard_weight,
+        rate_key=DISTILL_RATE,
+    )
 
 
 class Course:
@@ -52,32 +87,12 @@ class Course:
         seed: int | None = None,
     ) -> Stage:
         """One training as the loop takes it; `seed` None is the recipe's."""
-        bench, recipe = self._bench, phase.recipe
-        views, teacher = self._taught(phase, lesson)
-        return Stage(
-            name=name,
-            model=lesson.model,
-            views=views,
-            labels=bench.labels,
-            teacher=teacher,
-            distillers=lesson.distillers,
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            ema_decay=recipe.ema_decay,
-            seed=bench.recipe.seed if seed is None else seed,
-            plan=self._plan,
-            checkpoint=checkpoint,
-            selection=bench.selection,
-            optimizer=recipe.optimizer,
-            milestones=recipe.milestones,
-            hard_weight=recipe.hard_weight,
-            rate_key=DISTILL_RATE,
-            ranks=bench.ranks,
-        )
+        bench = self._bench
+        seed = bench.recipe.seed if seed is None else seed
+        made = stage_of(name, phase.recipe, lesson, self._taught(phase, lesson), seed, self._plan)
+        return replace(made, checkpoint=checkpoint, selection=bench.selection, ranks=bench.ranks)
 
-    def _taught(self, phase: Phase, lesson: Lesson) -> tuple[Views, CachedTeacher | nn.Module | None]:
+    def _taught(self, phase: Phase, lesson: Lesson) -> Taught:
         kind = phase.augment
         if kind not in self._views:
             self._views[kind] = self._bench.views_on(self._plan.device, kind, self._count)
@@ -85,7 +100,7 @@ class Course:
         teacher = teacher_for(self._bench.room(phase, self._teacher), lesson, views, self._plan)
         if isinstance(teacher, CachedTeacher):
             teacher = self._stored.setdefault(kind, teacher)
-        return views, teacher
+        return Taught(views, self._bench.labels, teacher)
 
 
 def train(

@@ -12,10 +12,7 @@ that of the last epoch on the test images. Differences to other rows are paired 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import time
-from pathlib import Path
 
 import torch
 from cifar_resnet import CifarResNet
@@ -24,11 +21,13 @@ from trainings import (
     LABELS_ALONE,
     Course,
     Job,
+    add_options,
     choose_plan,
     read_part,
     table,
     teacher_of,
     train_in_processes,
+    write_summary,
 )
 
 from edgekd.nets import count_macs, count_parameters
@@ -67,18 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--student", default="resnet8")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--test-images", type=int, default=10_000)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--form", choices=("fastest", "f32", "bf16"), default="fastest")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    add_options(parser, epochs=12, processes=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
@@ -100,22 +90,8 @@ def main() -> None:
     jobs = [Job(method, method, seed) for seed in arguments.seeds for method in arguments.methods]
     results = train_in_processes(lesson, course, arguments, jobs, plan)
     print(table(sorted(results, key=lambda r: arguments.methods.index(r.name)), (LABELS_ALONE, "kd")))
-    summary = {
-        "teacher_accuracy": right,
-        "student": arguments.student,
-        "parameters": parameters,
-        "macs": macs,
-        "plan": str(plan),
-        "images": len(lesson.labels),
-        "test_images": len(lesson.test_labels),
-        "epochs": arguments.epochs,
-        "cpu_seconds_of_trainings": round(sum(result.cpu_seconds for result in results)),
-        "seconds": round(time.perf_counter() - begin),
-        "runs": [dataclasses.asdict(result) for result in results],
-    }
-    print(json.dumps(summary))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    facts = {"teacher_accuracy": right, "student": arguments.student, "plan": str(plan)}
+    write_summary(arguments.out, facts, lesson, results, time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

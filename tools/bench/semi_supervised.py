@@ -18,11 +18,8 @@ last epoch on the test images. On a CUDA device all trainings of a case run side
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from cifar100 import PREPROCESSING
@@ -32,12 +29,14 @@ from trainings import (
     LABELS_ALONE,
     Course,
     Job,
+    add_options,
     choose_plan,
     per_class,
     read_part,
     table,
     teacher_of,
     train_in_processes,
+    write_summary,
 )
 
 from edgekd.nets import count_macs, count_parameters
@@ -102,17 +101,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", choices=("labels", "black-box"), required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--labelled", type=float, default=0.1, help="share of the images that have a label")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--test-images", type=int, default=10_000)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--views", type=int, default=4)
-    parser.add_argument("--form", choices=("fastest", "f32", "bf16"), default="fastest")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    add_options(parser, epochs=8, processes=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
@@ -131,23 +121,13 @@ def main() -> None:
     results = train_in_processes(lesson, course, arguments, jobs, plan)
     names = list(dict.fromkeys(job.name for job in jobs))
     print(table(sorted(results, key=lambda r: names.index(r.name)), names[1:-1]))
-    summary = {
+    facts = {
         "case": arguments.case,
         "teacher_accuracy": right,
-        "parameters": parameters,
-        "macs": macs,
         "plan": str(plan),
         "labelled": labelled,
-        "images": len(lesson.labels),
-        "test_images": len(lesson.test_labels),
-        "epochs": arguments.epochs,
-        "cpu_seconds_of_trainings": round(sum(result.cpu_seconds for result in results)),
-        "seconds": round(time.perf_counter() - begin),
-        "runs": [dataclasses.asdict(result) for result in results],
     }
-    print(json.dumps(summary))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_summary(arguments.out, facts, lesson, results, time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

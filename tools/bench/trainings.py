@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from msgspec.structs import replace as with_fields
 from torch import Tensor, nn
 
 from edgekd import export
+from edgekd.nets import count_macs, count_parameters
 from edgekd.plan import Plan, probe
 from edgekd.quantize.capture import capture
 from edgekd.recipe import DistillRecipe, TeacherRecipe
 from edgekd.spec import ModelSpec
-from edgekd.stages.lesson import Classroom, prepare, teacher_for
+from edgekd.stages.lesson import Classroom, Lesson, prepare, teacher_for
+from edgekd.stages.training import Taught, stage_of
 from edgekd.tasks.classification import normalise
 from edgekd.teacher import LoadedTeacher, Teacher, load_teacher, use_fastest_runtime
 from edgekd.train import Stage, evaluate, fit_together
@@ -115,32 +118,51 @@ class Course:
         """A training, and what gives its network when it has ended."""
         recipe, student = self.recipe, self.untrained(job.seed)
         views = self.views if plan.device == "cpu" else self.views_on(plan.device)
-        stage = Stage(
-            name=job.name,
-            model=student,
-            views=views,
-            labels=self.labels,
-            teacher=None,
-            distillers=(),
-            epochs=recipe.epochs,
-            batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            ema_decay=recipe.ema_decay,
-            seed=job.seed,
-            plan=plan,
-            optimizer=recipe.optimizer,
-        )
         if job.method == LABELS_ALONE:
-            return stage, lambda: student
-        chosen = with_fields(recipe, method=job.method, options=job.options)
-        room = Classroom(chosen, self.teacher, self.spec, self.labels, job.seed, mixes=False)
+            taught = Taught(views, self.labels, None)
+            return stage_of(job.name, recipe, Lesson(student, ()), taught, job.seed, plan), lambda: student
+        recipe = with_fields(recipe, method=job.method, options=job.options)
+        room = Classroom(recipe, self.teacher, self.spec, self.labels, job.seed, mixes=False)
         lesson = prepare(room, student)
         teacher = teacher_for(room, lesson, views, plan)
         if isinstance(teacher, CachedTeacher) and plan.device == "cpu":
             teacher = self.taught
-        taught = replace(stage, model=lesson.model, teacher=teacher, distillers=lesson.distillers)
-        return taught, lesson.deploy
+        taught = Taught(views, self.labels, teacher)
+        return stage_of(job.name, recipe, lesson, taught, job.seed, plan), lesson.deploy
+
+
+def add_options(parser: ArgumentParser, *, epochs: int, processes: int) -> None:
+    """What every tool of such trainings asks for."""
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--form", choices=("fastest", "f32", "bf16"), default="fastest")
+    parser.add_argument("--processes", type=int, default=processes)
+    parser.add_argument("--out", type=Path)
+
+
+def write_summary(
+    path: Path | None, facts: dict[str, Any], course: Course, results: Sequence[Result], seconds: float
+) -> None:
+    """Print `facts` and what was trained as one line of JSON, and leave it at `path`."""
+    student = course.untrained(0)
+    facts = facts | {
+        "parameters": count_parameters(student),
+        "macs": count_macs(student, course.spec.input_shape),
+        "images": len(course.labels),
+        "test_images": len(course.test_labels),
+        "epochs": course.recipe.epochs,
+        "cpu_seconds_of_trainings": round(sum(result.cpu_seconds for result in results)),
+        "seconds": round(seconds),
+        "runs": [asdict(result) for result in results],
+    }
+    print(json.dumps(facts))
+    if path is not None:
+        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def train(course: Course, jobs: Sequence[Job], plan: Plan) -> list[Result]:
