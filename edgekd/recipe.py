@@ -15,7 +15,9 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 _Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
-_Augment = Literal["crop-mix", "crop-flip-mix", "crop-flip", "crop", "none"]
+_Augment = Literal[
+    "crop-mix", "crop-flip-mix", "crop-trivial", "crop-flip-trivial", "crop-flip", "crop", "none"
+]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgekd.distortions import Distortions
 from edgekd.logit_store import LogitStore
 from edgekd.nets import Outputs
 from edgekd.ranks import ALONE, Ranks
 from edgekd.spec import Preprocessing
 
-AUGMENTATIONS = ("crop-mix", "crop-flip-mix", "crop-flip", "crop", "none")
+AUGMENTATIONS = (
+    "crop-mix", "crop-flip-mix", "crop-trivial", "crop-flip-trivial", "crop-flip", "crop", "none",
+)  # fmt: skip
+_DISTORTED = 0.5  # share of the images of a "-trivial" view
 
 
 class Views:
@@ -23,7 +27,8 @@ class Views:
 
     ``crop`` shifts each image; ``crop-flip`` mirrors half of them too; ``-mix`` blends, in every second view,
     each image with another one (mixup, Zhang et al. 2018, arXiv:1710.09412, eq. 1, used as in Beyer et al.
-    2022, arXiv:2106.05237: the teacher labels the blend). A blend has no label of its own.
+    2022, arXiv:2106.05237: the teacher labels the blend). A blend has no label of its own. ``-trivial``
+    distorts half of the images of each view (`Distortions`).
 
     The images live on one device; `select` writes the coordinates of a view into fixed tensors, so a
     captured CUDA graph that reads them shows the view selected last.
@@ -57,6 +62,8 @@ class Views:
             preprocessing.scale,
         )
         samples = len(images)
+        distorts = augment.endswith("-trivial")
+        self._distortions = Distortions(samples, self._size, device) if distorts else None
         self._rows = torch.zeros(samples, dtype=torch.int64, device=device)
         self._columns = torch.zeros(samples, dtype=torch.int64, device=device)
         self._flip = torch.zeros(samples, dtype=torch.bool, device=device)
@@ -78,7 +85,7 @@ class Views:
     def digest(self) -> str:
         """SHA-256, in hex, of all that the pixels of a view depend on: images, augmentation, normalisation,
         seed; not of how many views there are."""
-        choices = (self.mixes, self._flips, self._margin, self._seed, self._scale)
+        choices = (self.augment, self._margin, self._seed, self._scale)
         normalisation = (self._mean.flatten().tolist(), self._std.flatten().tolist())
         made = hashlib.sha256(repr((choices, normalisation, tuple(self._padded.shape))).encode())
         made.update(self._padded.cpu().numpy().data)
@@ -106,6 +113,8 @@ class Views:
             self._share.copy_(torch.maximum(share, 1 - share) if blended else torch.ones(samples))
             self._partner.copy_(partner)
             self.labelled.fill_(0.0 if blended else 1.0)
+        if self._distortions is not None:
+            self._distortions.draw(generator, _DISTORTED)
 
     def batch(self, index: Tensor) -> Tensor:
         """Normalised float32 (N, C, H, W) inputs of the samples `index` in the selected view."""
@@ -113,6 +122,8 @@ class Views:
         if self.mixes:
             share = self._share[index][:, None, None, None]
             pixels = share * pixels + (1 - share) * self._pixels(self._partner[index])
+        if self._distortions is not None:
+            pixels = self._distortions.apply(pixels, index)
         return (pixels * self._scale - self._mean) / self._std
 
     def _pixels(self, index: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ def as_training(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Job:
-    """One training. `method` "ce": from labels alone; `schedule`: "step", as published, or "cosine"."""
+    """One training. `method` "ce": from labels alone; `schedule`: "step", as published, or "cosine";
+    `init`: "torch", its own, or "kaiming", normal by fan out, as published."""
 
     pair: str = "resnet56:resnet20"
     method: str = "kd"
@@ -118,6 +119,7 @@ class Job:
     ema_decay: float = 0.0
     decay_all: bool = False
     bfloat16: bool = True
+    init: str = "torch"
 
 
 @dataclass
@@ -143,6 +145,10 @@ class Bench:
         method, seed = job.method, job.seed
         torch.manual_seed(seed)
         student = CifarResNet(student_name)
+        if job.init == "kaiming":
+            for module in student.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         chosen = {name: OPTIONS.get(name, {}) | job.options.get(name, {}) for name in method.split("+")}
         parts = () if method == "ce" else methods(method, {k: v for k, v in chosen.items() if v})
         example = torch.zeros(2, 3, 32, 32)
