@@ -141,6 +141,7 @@ class QuantizeRecipe(_Strict, frozen=True):
     weight_bits: Literal[8, 6, 4, 3] = 8
     layer_bits: dict[str, Literal[8, 6, 4, 3]] = {}
     damping: _NonNegative = 0.0
+    sensitivity: bool = False
     epochs: _Count = 1
     learning_rate: _Positive = 2e-4
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from edgekd.quantize.fakequant import Sites
@@ -38,18 +38,25 @@ def layer_of(sites: Sites) -> dict[str, str]:
     }
 
 
+def sensitivity_of(
+    sites: Sites, damage: Callable[[Sites], float], step: Callable[[str, int, int], None]
+) -> tuple[Sensitivity, ...]:
+    """What leaving each layer alone in float heals of the `damage` of all in integers."""
+    layers, whole, found = layer_of(sites), damage(sites), []
+    for number, name in enumerate(sites.weights):
+        step("sensitivity", number, len(sites.weights))
+        found.append(Sensitivity(name, "layer", whole - damage(without(sites, [name], layers))))
+    step("sensitivity", len(found), len(found))
+    return tuple(found)
+
+
 def spare_layers(
-    sites: Sites, damage: Callable[[Sites], float], good_enough: Callable[[Sites], bool]
-) -> tuple[tuple[Sensitivity, ...], Sites | None]:
-    """What leaving each layer alone in float heals of the `damage` of all in integers; and the sites with the
-    fewest layers in float that are good enough, None where none are."""
+    sites: Sites, healed: Sequence[Sensitivity], good_enough: Callable[[Sites], bool]
+) -> Sites | None:
+    """The sites with the fewest layers in float that are good enough, None where none are."""
     layers = layer_of(sites)
-    whole = damage(sites)
-    healed = tuple(
-        Sensitivity(name, "layer", whole - damage(without(sites, [name], layers))) for name in sites.weights
-    )
     ordered = rank(healed)[:-1]  # one layer at least stays in integers
     if not ordered:
-        return healed, None
+        return None
     count = shortest_prefix(ordered, lambda floats: good_enough(without(sites, floats, layers)))
-    return healed, None if count is None else without(sites, ordered[:count], layers)
+    return None if count is None else without(sites, ordered[:count], layers)

@@ -7,12 +7,14 @@ from pathlib import Path
 from edgekd.files import write_text
 from edgekd.report.comparison import comparison_markdown, comparison_page
 from edgekd.report.facts import Record
+from edgekd.report.file_page import file_page
 from edgekd.report.html import page
 from edgekd.report.text import markdown, print_summary
 
 __all__ = [
     "comparison_markdown",
     "comparison_page",
+    "file_page",
     "html_report",
     "markdown_report",
     "print_summary",

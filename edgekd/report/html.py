@@ -9,6 +9,7 @@ from edgekd.report.facts import Record, text
 from edgekd.report.fidelity import fidelity_section
 from edgekd.report.headlines import kinds_section, verdict_section
 from edgekd.report.markup import Markup, embedded_json, join, tag
+from edgekd.report.sensitivity import sensitivity_section
 from edgekd.report.style import CSS, SCRIPT
 from edgekd.report.teaching import methods_section, teaching_section
 
@@ -24,6 +25,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], Markup]], ...] = (
     ("parity", "Parity with the torch model", sections.parity_section),
     ("layers", "Layers", sections.layers_section),
     ("precision", "Quantization and the precision really executed", sections.precision_section),
+    ("sensitivity", "Sensitivity of the layers to int8", sensitivity_section),
     ("kinds", "Measured, predicted, unknown", kinds_section),
     ("unverified", "Unverified numbers of the target card", sections.unverified_section),
     ("environment", "Environment", sections.environment_section),

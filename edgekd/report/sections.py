@@ -183,7 +183,9 @@ def precision_section(record: Record) -> Markup:
         ("mode", f"{text(quantize, 'mode')}; chosen: {text(quantize, 'chosen') or 'not recorded'}"
             if quantize else ""),
         ("why", text(quantize, "reason")),
+        ("shipped", text(record, "gate", "reason")),
         ("dialect", text(quantize, "dialect") or text(record, "target", "dialect")),
+        ("left in float", ", ".join(facts.strings(quantize, "float_layers"))),
         ("calibrator", text(quantize, "calibrator")),
         ("selection accuracy", f"PTQ {facts.percent(ptq)}, QAT {facts.percent(qat)}"
             if ptq is not None or qat is not None else ""),

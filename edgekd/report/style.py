@@ -64,11 +64,11 @@ tbody th{font-weight:600;overflow-wrap:break-word}
 td.num,.chip{white-space:nowrap}
 td small{line-height:1.35}
 td .reason{display:inline-block;max-width:44ch;text-align:left}
-tr.fallback>*{background:var(--warn)}
-tr.fallback td:first-child,tr.fallback th{box-shadow:inset 4px 0 0 var(--orange);padding-left:10px}
+tr.fallback>*,tr.spared>*{background:var(--warn)}
+tr.fallback td:first-child,tr.fallback th,tr.spared th{box-shadow:inset 4px 0 0 var(--orange);padding-left:10px}
 tr.target th{box-shadow:inset 4px 0 0 var(--blue);padding-left:10px}
 .bar{display:block;height:10px;min-width:1px;border-radius:2px;background:var(--blue);margin-top:6px}
-.fallback .bar{background:repeating-linear-gradient(135deg,var(--orange) 0 5px,transparent 5px 7px),var(--orange);
+.fallback .bar,.spared .bar{background:repeating-linear-gradient(135deg,var(--orange) 0 5px,transparent 5px 7px),var(--orange);
 outline:1px solid var(--orange)}
 td.barcell{min-width:90px;width:26%}td.barcell>span{display:block}
 .float{color:var(--orange)}

@@ -22,6 +22,8 @@ from edgekd.tasks.classification import correct
 def run(bench: Bench) -> dict[str, Any]:
     """`gate` and `verdict` of the record, and the metric `speedup_over_teacher`."""
     shipped = shipped_plan(bench)
+    reason = _why(bench, shipped)
+    bench.run.reporter.say(f"  {reason}")
     row = _rows(bench)[shipped.id]
     checks = _accuracy_checks(bench, shipped)
     checks += _runtime_checks(bench)
@@ -54,6 +56,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "shipped": shipped.id,
         },
         "shipped": shipped.id,
+        "reason": reason,
     }
     return {"gate": gate, "verdict": verdict, "speedup_over_teacher": speedup}
 
@@ -61,21 +64,59 @@ def run(bench: Bench) -> dict[str, Any]:
 def shipped_plan(bench: Bench) -> Planned:
     """The fastest variant measured here among those faithful to their torch model and within the allowed
     drop; int8 ships only where it pays."""
-    rows = _rows(bench)
-    best = bench.run.record["metrics"]["student_float"]["accuracy"]
-    drop = bench.recipe.gate.max_quantization_drop_points / 100
-    measured = [plan for plan in plans_of(bench) if rows[plan.id]["latency_p50_ms"] is not None]
-    faithful = [
-        plan
-        for plan in measured
-        if rows[plan.id]["top1_agreement"] >= bench.recipe.gate.min_top1_agreement
-        and rows[plan.id]["accuracy"] >= best - drop
-    ]
+    measured = _measured(bench)
+    faithful = [plan for plan in measured if not _excluded(bench, plan)]
     if not is_this_machine(
         bench.run.target
     ):  # elsewhere int8 is what the card asks for; the host only checks it
         faithful = [plan for plan in faithful if plan.quantized] or faithful
+    rows = _rows(bench)
     return min(faithful or measured, key=lambda plan: rows[plan.id]["cpu_p50_ms"])
+
+
+def _measured(bench: Bench) -> list[Planned]:
+    rows = _rows(bench)
+    return [plan for plan in plans_of(bench) if rows[plan.id]["latency_p50_ms"] is not None]
+
+
+def _excluded(bench: Bench, plan: Planned) -> str:
+    """Why a variant may not be shipped; empty where it may."""
+    row, limits = _rows(bench)[plan.id], bench.recipe.gate
+    if row["top1_agreement"] < limits.min_top1_agreement:
+        return f"agrees with torch on {100 * row['top1_agreement']:.2f} %"
+    lost = _lost(bench, plan)
+    return f"loses {lost:.2f} points" if lost > limits.max_quantization_drop_points else ""
+
+
+def _lost(bench: Bench, plan: Planned) -> float:
+    """Points of accuracy against the float student."""
+    best: float = bench.run.record["metrics"]["student_float"]["accuracy"]
+    return 100 * (best - float(_rows(bench)[plan.id]["accuracy"]))
+
+
+def _why(bench: Bench, shipped: Planned) -> str:
+    """Why this variant and none of the others, in words: what each costs and loses, what is out and why."""
+    rows, limit = _rows(bench), bench.recipe.gate.max_quantization_drop_points
+    mixed = bench.run.record["metrics"]["quantize"].get("float_layers") or ()
+
+    def told(plan: Planned) -> str:
+        form = f" (mixed: {len(mixed)} layers in float)" if mixed and plan.quantized else ""
+        cost = f"{rows[plan.id]['cpu_p50_ms']:.3g} ms of CPU time"
+        return f"{plan.id}{form} {cost}, {_lost(bench, plan):.2f} points lost"
+
+    others = [plan for plan in _measured(bench) if plan is not shipped]
+    out = {plan.id: why for plan in others if (why := _excluded(bench, plan))}
+    inside = [told(plan) for plan in others if plan.id not in out]
+    if _excluded(bench, shipped):
+        first = f"no variant keeps within {limit:g} points and agrees with torch; the fastest is"
+    elif is_this_machine(bench.run.target):
+        first = f"the fastest within {limit:g} points of the float student is"
+    else:
+        first = f"within {limit:g} points, and quantized as the card of the device asks for:"
+    parts = [f"{first} {told(shipped)}"]
+    parts += [f"beside {'; '.join(inside)}"] if inside else []
+    parts += [f"out: {'; '.join(f'{name} {why}' for name, why in out.items())}"] if out else []
+    return ". ".join(parts)
 
 
 def _rows(bench: Bench) -> dict[str, dict[str, Any]]:

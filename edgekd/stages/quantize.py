@@ -29,7 +29,7 @@ from edgekd.quantize.fakequant import (
 )
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
 from edgekd.quantize.sensitivity import Sensitivity
-from edgekd.quantize.spare import spare_layers
+from edgekd.quantize.spare import sensitivity_of, spare_layers
 from edgekd.selection import farthest_first, softmax
 from edgekd.stages.bench import Bench
 from edgekd.stages.search import quantize_mode
@@ -86,15 +86,16 @@ def run(bench: Bench) -> dict[str, Any]:
         trained, history = _train(bench, copy.deepcopy(candidates[0].graph))
         candidates.append(judge("qat", trained))
     limit = accuracy(exact.numpy(), labels.numpy()) - bench.recipe.gate.max_quantization_drop_points / 100
+    missed = all(candidate.right < limit for candidate in candidates)
     healed: tuple[Sensitivity, ...] = ()
-    if all(candidate.right < limit for candidate in candidates):
+    if missed or recipe.sensitivity:
 
         def made_for(places: Sites) -> _Candidate:
             return judge("mixed", insert(graph, places, grids, scheme, largest), places)
 
-        healed, spared = spare_layers(
-            sites, lambda s: made_for(s).distance, lambda s: made_for(s).right >= limit
-        )
+        healed = sensitivity_of(sites, lambda places: made_for(places).distance, bench.run.reporter.step)
+    if missed:
+        spared = spare_layers(sites, healed, lambda places: made_for(places).right >= limit)
         if spared is not None:
             candidates.append(made_for(spared))
     chosen = max(candidates, key=lambda c: (c.right, -c.distance))

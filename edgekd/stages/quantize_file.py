@@ -12,7 +12,7 @@ import onnx
 
 from edgekd.backends import Coverage, backend
 from edgekd.errors import BackendError, MissingExtraError
-from edgekd.files import write_bytes, write_json
+from edgekd.files import write_bytes, write_json, write_text
 from edgekd.profiler import Protocol, Variant, environment, measure
 from edgekd.quantize.engines import engine_names, run_engine
 from edgekd.quantize.onnx_file import load_float
@@ -20,13 +20,14 @@ from edgekd.quantize.post_training import Judges, Quantized, quantize_graph
 from edgekd.quantize.quality import DEFAULT_DROP
 from edgekd.quantize.samples import load_samples
 from edgekd.quantize.scheme import QuantScheme, scheme_for
+from edgekd.report import file_page
 from edgekd.run import Reporter
 from edgekd.stages.onnx_choice import Wanted, choose
 from edgekd.stages.onnx_job import Job
 from edgekd.stages.onnx_parity import OLD_ISA, overflows, parity_rows
 from edgekd.target import Target
 
-RECORD, KEPT = "quantize.json", "model.onnx"
+RECORD, PAGE, KEPT = "quantize.json", "report.html", "model.onnx"
 _ROUNDS = 40
 _UNKNOWN = (
     "drop", "standard_error", "accuracy", "agreement", "signal_to_noise_db", "int8_coverage_nodes",
@@ -109,6 +110,7 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         "environment": environment(),
     }
     write_json(wanted.folder / RECORD, record)
+    write_text(wanted.folder / PAGE, file_page(record))
     reporter.say(f"  kept {chosen['id']}: {reason}")
     return record
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from edgekd.run import Silent
 from edgekd.stages.onnx_choice import Wanted, choose
 from edgekd.stages.onnx_job import Job
 from edgekd.stages.onnx_parity import overflows, parity_rows
-from edgekd.stages.quantize_file import RECORD, quantize_file
+from edgekd.stages.quantize_file import PAGE, RECORD, quantize_file
 from edgekd.target import find_target
 
 from .file_models import CLASSES, SIZE, attention, cnn, pictures, save_model, store_pictures
@@ -248,6 +249,9 @@ def test_one_layer_that_breaks_accuracy_is_found_and_left_in_float(tmp_path: Pat
     assert "head" not in record["float_operators"]["x86-u8-relu0"]
     drops = {row["id"]: row["drop"] for row in record["candidates"]}
     assert drops["onnxruntime-mixed-x86-u8-relu0"] <= 3 < drops["onnxruntime-int8-x86-u8-relu0"]
+    page = Path(record["kept"]).with_name(PAGE).read_text()
+    bars = page[page.index("<h3>x86-u8-relu0</h3>") :]
+    assert re.findall(r'<tr class="spared"><th[^>]*>(\w+)', bars[: bars.index("</table>")])[0] == "hard"
 
 
 def test_the_record_tells_what_was_measured_and_the_kept_file_is_the_chosen_one(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from edgekd.quantize.fakequant import (
 from edgekd.quantize.lower import lower
 from edgekd.quantize.qdq import add_pair
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
-from edgekd.quantize.spare import spare_layers
+from edgekd.quantize.spare import sensitivity_of, spare_layers
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.stages.export import _check
 from edgekd.stages.quantize import FILE, _save, load_quantized, rebuild
@@ -582,7 +582,8 @@ def test_the_layer_that_breaks_is_found_spared_and_float_in_the_file(tmp_path: P
         return float((evaluate(made, inputs(64)) - exact).square().mean())
 
     whole = damage(sites)
-    healed, spared = spare_layers(sites, damage, lambda places: damage(places) < 0.5 * whole)
+    healed = sensitivity_of(sites, damage, lambda *_: None)
+    spared = spare_layers(sites, healed, lambda places: damage(places) < 0.5 * whole)
     assert max(healed, key=lambda row: row.damage).name == "hard.weight"
     assert spared is not None and spared.weights == ("first.weight", "last.weight")
     model = insert(graph, spared, grids, scheme).eval()

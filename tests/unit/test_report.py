@@ -24,6 +24,7 @@ from edgekd.errors import StorageError
 from edgekd.report import html_report, markdown_report, print_summary, write_reports
 from edgekd.report.facts import bounds, latency, primary, significant, wilson
 from edgekd.report.headlines import headline_figures
+from edgekd.report.sensitivity import sensitivity_bars
 from edgekd.report.svg import Axis, fit_axis
 
 HOSTILE = "<script>alert(1)</script> \"quoted\" 'single' | `x` </svg> ]]> <!-- & \x00\ud800 [bold red]"
@@ -390,3 +391,23 @@ def test_the_latency_at_the_top_is_that_of_the_shipped_variant() -> None:
     assert primary(record)["id"] == "openvino-int8"
     assert primary(record | {"gate": {"shipped": "openvino-bf16"}})["latency_p50_ms"] == 0.1
     assert primary(record | {"gate": {"shipped": "onnxruntime-int8"}})["id"] == "openvino-int8"
+
+
+def test_bars_are_sorted_by_sensitivity_and_layers_in_float_stand_out() -> None:
+    page = html_report(sample_record.full_record())
+    section = page[page.index('id="sensitivity"') :]
+    names = re.findall(r'<th[^>]*scope="row"[^>]*>([^<]*)</th>', section[: section.index("</table>")])
+    assert names == ["body.1.weight", "stem.weight", "head.weight"]
+    assert re.findall(r'<tr class="spared"><th[^>]*>([^<]*)', section) == ["body.1.weight"]
+    assert "1 of 3 layers stay in float" in section
+
+
+def test_a_large_network_shows_its_most_sensitive_layers_and_all_that_are_float() -> None:
+    damage = {f"layer{number}": 1 / (1 + number) for number in range(90)}
+    bars = sensitivity_bars(damage, ["layer80"], "damage")
+    assert bars.count("<tr") == 1 + 41 and "layer80" in bars and "49 least sensitive" in bars
+
+
+def test_the_reason_for_what_is_shipped_is_on_the_page() -> None:
+    record = sample_record.full_record()
+    assert record["gate"]["reason"] in html_report(record)
