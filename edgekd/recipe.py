@@ -132,7 +132,8 @@ class DistillRecipe(_Strict, frozen=True):
 
 
 class QuantizeRecipe(_Strict, frozen=True):
-    """`mode`: ``card`` is ``qat``, or ``none`` on a target whose card says that int8 does not pay."""
+    """`mode`: ``card`` is ``qat``, or ``none`` on a target whose card says that int8 does not pay. `method`:
+    of quantization-aware training, with `options`; empty: the student's, as far as logits are enough."""
 
     mode: Literal["card", "qat", "ptq", "none"] = "card"
     calibrator: str = "mse"
@@ -142,6 +143,8 @@ class QuantizeRecipe(_Strict, frozen=True):
     layer_bits: dict[str, Literal[8, 6, 4, 3]] = {}
     damping: _NonNegative = 0.0
     sensitivity: bool = False
+    method: str = ""
+    options: dict[str, dict[str, Any]] = {}
     epochs: _Count = 1
     learning_rate: _Positive = 2e-4
 

@@ -314,3 +314,24 @@ def test_the_record_can_be_written_as_strict_json(tiny: Tiny, searched: Path) ->
     json.dumps(record, allow_nan=False)
     assert record["metrics"]["distill"]["preparation"] is None
     assert record["metrics"]["distill"]["assistants"] == []
+
+
+# ---------------------------------------------------------------- quantization-aware training
+
+
+def test_features_teach_a_fake_quantized_student(tiny: Tiny, searched: Path) -> None:
+    options = {"fitnet": {"weight": 0.5}}
+    given: dict[str, Any] = {"quantize__mode": "qat", "quantize__method": "dkd+fitnet"}
+    given |= {"quantize__options": options}
+    record = go(tiny, searched, last="quantize", distill__epochs=1, **given)
+    quantize = record["metrics"]["quantize"]
+    assert quantize["method"] == "dkd+fitnet" and len(quantize["history"]) == 1
+    assert quantize["qat_selection_accuracy"] is not None
+    again = go(tiny, searched, last="quantize", distill__epochs=1, **given | {"quantize__options": {}})
+    assert again["metrics"]["quantize"]["history"][0]["loss"] != quantize["history"][0]["loss"]
+
+
+def test_a_black_box_teacher_shows_a_quantized_student_no_features(tiny: Tiny, searched: Path) -> None:
+    source = write_onnx(tiny, searched.parent / "teacher.onnx")
+    with pytest.raises(UsageError, match="'fitnet' needs the teacher's"):
+        go(tiny, searched, teacher__source=source, teacher__weights="", quantize__method="fitnet")

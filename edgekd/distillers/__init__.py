@@ -233,3 +233,19 @@ def refuse_unmet(
             name = next(n for n in _TABLE if method_class(n) is type(distiller))
             fit = [n for n in _TABLE if not unmet(method_class(n).needs)]
             raise UsageError(f"method '{name}' needs {reason}", f"methods that fit: {', '.join(fit)}")
+
+
+def refuse_wraps(method: str) -> None:
+    """Quantization is learnt by the network that is shipped.
+
+    Raises:
+        UsageError: a method that trains another network than the student's own.
+    """
+    wrapping = [name for name in method.split("+") if method_class(name).wrap is not Distiller.wrap]
+    if wrapping:
+        fit = [name for name in distiller_names() if method_class(name).wrap is Distiller.wrap]
+        raise UsageError(
+            f"quantize.method: '{wrapping[0]}' changes the network while it is trained, and what is "
+            "quantized has its final form",
+            f"methods that fit: {', '.join(fit)}",
+        )

@@ -7,8 +7,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from edgekd.distillers import Distiller, methods
+from edgekd.distillers import Distiller, method_class, methods, plain, refuse_unmet, refuse_wraps
 from edgekd.errors import UsageError
+from edgekd.layout import TAPS
 from edgekd.recipe import DistillRecipe, PhaseRecipe, Recipe
 
 SUGGEST = "suggest"
@@ -69,6 +70,28 @@ def _phase(base: DistillRecipe, augment: str, phase: PhaseRecipe) -> Phase:
     return Phase(recipe, phase.augment or augment)
 
 
+def quantized_phase(recipe: Recipe, last: Phase) -> Phase:
+    """Quantization-aware training: what `quantize` says, and for the rest the student's `last` training.
+    Without a method of its own those of that training are taken that read nothing but logits; else DIST."""
+    quantize = recipe.quantize
+    logits = [
+        name
+        for name in last.recipe.method.split("+")
+        if method_class(name).needs.teacher == ("logits",) and plain(name)
+    ]
+    method = quantize.method or "+".join(logits) or DEFAULT
+    inherited = {name: value for name, value in last.recipe.options.items() if name in method.split("+")}
+    learnt = replace(
+        last.recipe,
+        method=method,
+        options=quantize.options if quantize.method else inherited,
+        epochs=quantize.epochs,
+        learning_rate=quantize.learning_rate,
+        ema_decay=min(last.recipe.ema_decay, 0.99),
+    )
+    return Phase(learnt, "none")
+
+
 def tried(distill: DistillRecipe, augment: str) -> dict[str, Phase]:
     """The short trainings that ``suggest`` compares, by method."""
     defaults = _TRIED if not distill.suggest_from else {}
@@ -97,6 +120,7 @@ def check_curriculum(recipe: Recipe) -> tuple[tuple[Distiller, ...], ...]:
             f"{len(distill.phases)} phases",
             "name the method of each phase, or leave distill.phases out",
         )
+    _check_quantized(recipe)
     suggested = distill.method == SUGGEST
     phases = tuple(tried(distill, augment).values()) if suggested else phases_of(distill, augment)
     names = {name for phase in phases for name in phase.recipe.method.split("+")}
@@ -111,3 +135,17 @@ def check_curriculum(recipe: Recipe) -> tuple[tuple[Distiller, ...], ...]:
         )
     parts = tuple(methods(phase.recipe.method, phase.recipe.options) for phase in phases)
     return () if suggested and not distill.suggest_from else parts
+
+
+def _check_quantized(recipe: Recipe) -> None:
+    """Refuse a method of quantization-aware training that does not exist or cannot be used there."""
+    quantize = recipe.quantize
+    if unread := sorted(quantize.options.keys() - set(quantize.method.split("+"))):
+        told = f"the method is '{quantize.method}'" if quantize.method else "quantize.method is not set"
+        raise UsageError(f"quantize.options names '{unread[0]}', {told}", "edgekd methods list")
+    if not quantize.method:
+        return
+    parts = methods(quantize.method, quantize.options)
+    refuse_wraps(quantize.method)
+    teacher_taps = ("logits",) if recipe.teacher.source.endswith(".onnx") else TAPS
+    refuse_unmet(parts, teacher_taps=teacher_taps, student_taps=TAPS, labels=True)

@@ -13,11 +13,13 @@ from edgekd.blocks import deployed
 from edgekd.distillers import plain
 from edgekd.files import read_json, sha256_file, sha256_json, write_atomic
 from edgekd.nets import count_macs, count_parameters
+from edgekd.quantize.capture import capture
 from edgekd.stages.assistants import choose_assistants, teach_assistants
 from edgekd.stages.bench import Bench
-from edgekd.stages.curriculum import SUGGEST, Phase
-from edgekd.stages.lesson import prepare
+from edgekd.stages.curriculum import SUGGEST, Phase, quantized_phase
+from edgekd.stages.lesson import prepare, prepare_graph
 from edgekd.stages.preparation import check_preparable, prepared_teacher
+from edgekd.stages.search import quantize_mode
 from edgekd.stages.suggest import suggest
 from edgekd.stages.training import train
 from edgekd.tasks.classification import accuracy, expected_calibration_error, top1_agreement
@@ -138,8 +140,9 @@ def _rehearse(bench: Bench, student: torch.nn.Module) -> None:
     """Refuse what does not fit before anything is trained.
 
     Raises:
-        UsageError: a method of a phase needs what this teacher, student or data do not give; the teacher
-            cannot be fine-tuned; or there are no assistants between it and the student.
+        UsageError: a method of a phase, or of quantization-aware training, needs what this teacher, student
+            or data do not give; the teacher cannot be fine-tuned; or there are no assistants between it and
+            the student.
     """
     recipe = bench.recipe.distill
     if recipe.prepare:
@@ -148,3 +151,6 @@ def _rehearse(bench: Bench, student: torch.nn.Module) -> None:
         choose_assistants(bench, count_macs(deployed(copy.deepcopy(student)), bench.spec.input_shape))
     for phase in () if recipe.method == SUGGEST else bench.trainings:
         student = prepare(bench.room(phase, bench.teacher), student).deploy()
+    if bench.recipe.quantize.method and quantize_mode(bench) == "qat":
+        phase, final = quantized_phase(bench.recipe, bench.trainings[-1]), deployed(student)
+        prepare_graph(bench.room(phase, bench.teacher), final, capture(final, bench.spec.input_shape))

@@ -104,7 +104,7 @@ def _why(bench: Bench, shipped: Planned) -> str:
         cost = f"{rows[plan.id]['cpu_p50_ms']:.3g} ms of CPU time"
         return f"{plan.id}{form} {cost}, {_lost(bench, plan):.2f} points lost"
 
-    others = [plan for plan in _measured(bench) if plan is not shipped]
+    others = [plan for plan in _measured(bench) if plan.id != shipped.id]
     out = {plan.id: why for plan in others if (why := _excluded(bench, plan))}
     inside = [told(plan) for plan in others if plan.id not in out]
     if _excluded(bench, shipped):

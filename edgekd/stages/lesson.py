@@ -7,10 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from edgekd.distillers import Distiller, Setting, method_class, methods, refuse_unmet
+from edgekd.distillers import (
+    Distiller,
+    Setting,
+    method_class,
+    methods,
+    refuse_unmet,
+    refuse_wraps,
+)
 from edgekd.errors import UsageError
+from edgekd.graph_taps import TappedGraph
+from edgekd.layout import Layout
 from edgekd.logit_store import LogitStore
 from edgekd.nets import Outputs
 from edgekd.plan import Plan
@@ -73,8 +82,29 @@ def prepare(room: Classroom, student: nn.Module) -> Lesson:
         UsageError: the method needs what this teacher, student or data do not give.
     """
     parts = methods(room.recipe.method, room.recipe.options)
+    layout = find_layout(student, room.example, len(room.spec.classes), room.recipe.student_taps)
+    return _prepared(room, parts, layout, lambda wanted: Tapped(student, layout, wanted))
+
+
+def prepare_graph(room: Classroom, student: nn.Module, graph: fx.GraphModule) -> Lesson:
+    """The same for `student` captured as `graph` and fake-quantized there.
+
+    Raises:
+        UsageError: the method needs what is not given, or changes the network that it trains.
+    """
+    parts = methods(room.recipe.method, room.recipe.options)
+    refuse_wraps(room.recipe.method)
+    layout = find_layout(student, room.example, len(room.spec.classes), room.recipe.student_taps)
+    return _prepared(room, parts, layout, lambda wanted: TappedGraph(graph, layout, wanted))
+
+
+def _prepared(
+    room: Classroom,
+    parts: tuple[Distiller, ...],
+    layout: Layout,
+    tapped: Callable[[list[str]], Tapped | TappedGraph],
+) -> Lesson:
     classes = len(room.spec.classes)
-    layout = find_layout(student, room.example, classes, room.recipe.student_taps)
     teacher = room.taught_by
     refuse_unmet(
         parts,
@@ -88,7 +118,7 @@ def prepare(room: Classroom, student: nn.Module) -> Lesson:
             f"data.augment blends images ('-mix'), and {names} cannot learn from a blend",
             "--set data.augment=crop",
         )
-    model: nn.Module = Tapped(student, layout, sorted({tap for part in parts for tap in part.needs.student}))
+    model: nn.Module = tapped(sorted({tap for part in parts for tap in part.needs.student}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(room.seed)
         taught = Outputs(torch.zeros(2, classes)) if teacher is None else _glance(teacher, room.example)

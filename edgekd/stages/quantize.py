@@ -1,10 +1,10 @@
-"""Stage 4: fake quantization, calibrated and then trained with the teacher's logits as targets."""
+"""Stage 4: fake quantization, calibrated and then trained with what the teacher gives as targets."""
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from edgekd.distillers import Distiller, Setting, method_class, methods, plain
 from edgekd.errors import StorageError
 from edgekd.files import sha256_json, write_atomic, write_bytes
-from edgekd.nets import Outputs
 from edgekd.plan import Plan, probe
 from edgekd.quantize.fakequant import (
     Origin,
@@ -32,10 +30,12 @@ from edgekd.quantize.sensitivity import Sensitivity
 from edgekd.quantize.spare import sensitivity_of, spare_layers
 from edgekd.selection import farthest_first, softmax
 from edgekd.stages.bench import Bench
+from edgekd.stages.curriculum import quantized_phase
+from edgekd.stages.lesson import prepare_graph, teacher_for
 from edgekd.stages.search import quantize_mode
 from edgekd.tasks.classification import accuracy, normalise, to_tensor
 from edgekd.train import Stage, evaluate, fit, load_checkpoint
-from edgekd.views import CachedTeacher, Views
+from edgekd.views import Views
 
 FILE = "4-quantized.safetensors"
 
@@ -83,7 +83,8 @@ def run(bench: Bench) -> dict[str, Any]:
     candidates = [judge("ptq", insert(graph, sites, grids, scheme, largest, recipe.damping))]
     history: list[dict[str, float]] = []
     if mode == "qat":
-        trained, history = _train(bench, copy.deepcopy(candidates[0].graph))
+        trained = copy.deepcopy(candidates[0].graph)
+        history = _train(bench, trained)
         candidates.append(judge("qat", trained))
     limit = accuracy(exact.numpy(), labels.numpy()) - bench.recipe.gate.max_quantization_drop_points / 100
     missed = all(candidate.right < limit for candidate in candidates)
@@ -116,7 +117,10 @@ def run(bench: Bench) -> dict[str, Any]:
             "float_layers": [name for name in sites.weights if name not in chosen.sites.weights],
             "sensitivity": {row.name: row.damage for row in healed},
             "weight_bits": recipe.weight_bits,
-            "calibrator": bench.recipe.quantize.calibrator,
+            "calibrator": recipe.calibrator,
+            "method": quantized_phase(bench.recipe, bench.trainings[-1]).recipe.method
+            if mode == "qat"
+            else None,
             "accuracy": right,
             "fidelity": bench.fidelity(logits),
             "ptq_selection_accuracy": by_name["ptq"],
@@ -145,10 +149,10 @@ def _calibration_batches(bench: Bench) -> list[torch.Tensor]:
     return list(torch.split(normalise(images, bench.spec.preprocessing), 128))
 
 
-def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[dict[str, float]]]:
+def _train(bench: Bench, graph: fx.GraphModule) -> list[dict[str, float]]:
     """Quantization-aware training: the distillation loop with fake quantization in the graph. Steps run in
     float32, because bfloat16 activations would be rounded twice."""
-    recipe, distill = bench.recipe.quantize, bench.recipe.distill
+    distill = bench.recipe.distill
     before = bench.run.record["stages"]["distill"]["outputs_sha256"]
     key = sha256_json([bench.run.record["recipe"]["quantize"], bench.run.target.id, before])[:12]
     checkpoint = bench.run.folder / "checkpoints" / f"quantize-{key}.pt"
@@ -160,25 +164,23 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
         plan, _ = probe(graph, inputs, bench.recipe.threads, allow_bfloat16=False)
     images = to_tensor(bench.training.images)
     views = Views(images, bench.spec.preprocessing, "none", 1, bench.recipe.seed)
+    phase = quantized_phase(bench.recipe, bench.trainings[-1])
+    room = bench.room(phase, bench.teacher)
+    lesson = prepare_graph(room, bench.student(), graph)
     history = fit(
         Stage(
             name="quantize",
-            model=graph,
+            model=lesson.model,
             views=views,
             labels=bench.labels,
-            teacher=CachedTeacher(
-                bench.teacher.logits,
-                views,
-                others=[other.logits for other in bench.others],
-                store=bench.logit_store((bench.teacher, *bench.others), views),
-            ),
-            distillers=logit_methods(bench),
+            teacher=teacher_for(room, lesson, views, plan),
+            distillers=lesson.distillers,
             hard_weight=distill.hard_weight,
-            epochs=recipe.epochs,
+            epochs=phase.recipe.epochs,
             batch_size=distill.batch_size,
-            learning_rate=recipe.learning_rate,
+            learning_rate=phase.recipe.learning_rate,
             weight_decay=distill.weight_decay,
-            ema_decay=min(distill.ema_decay, 0.99),
+            ema_decay=phase.recipe.ema_decay,
             seed=bench.recipe.seed,
             plan=plan,
             checkpoint=checkpoint,
@@ -186,26 +188,8 @@ def _train(bench: Bench, graph: fx.GraphModule) -> tuple[fx.GraphModule, list[di
         ),
         bench.run.reporter.step,
     )
-    return graph, history
-
-
-def logit_methods(bench: Bench) -> tuple[Distiller, ...]:
-    """The methods of the student's last training that need nothing but logits, which a fake-quantized graph
-    gives; else DIST."""
-    distill = bench.trainings[-1].recipe
-    kept = [
-        name
-        for name in distill.method.split("+")
-        if method_class(name).needs.teacher == ("logits",) and plain(name)
-    ] or ["dist"]
-    options = {name: value for name, value in distill.options.items() if name in kept}
-    made, classes = methods("+".join(kept), options), len(bench.spec.classes)
-    blank = Outputs(torch.zeros(2, classes))
-    inputs = torch.zeros(2, *bench.spec.input_shape)
-    taught = replace(blank, exits=tuple(other.logits(inputs) for other in bench.others))
-    for method in made:
-        method.build(blank, taught, Setting(len(bench.labels), classes, bench.labels, bench.recipe.seed))
-    return made
+    graph.eval()
+    return history
 
 
 def _save(path: Path, parameters: QuantizedParameters, sites: Sites, scheme: QuantScheme) -> None:
