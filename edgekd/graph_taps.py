@@ -63,7 +63,7 @@ def _last_node(graph: fx.GraphModule, path: str) -> fx.Node:
     """The node that makes what the module at `path` gives (``path@2``: in its second run)."""
     name, _, run = path.partition("@")
     wanted = f"@{int(run) - 1}" if run else ""
-    found = None
+    found: fx.Node | None = None
     for node in graph.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         if node.op == "call_function" and any(

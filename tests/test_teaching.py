@@ -319,6 +319,7 @@ def test_the_record_can_be_written_as_strict_json(tiny: Tiny, searched: Path) ->
 # ---------------------------------------------------------------- quantization-aware training
 
 
+@pytest.mark.slow
 def test_features_teach_a_fake_quantized_student(tiny: Tiny, searched: Path) -> None:
     options = {"fitnet": {"weight": 0.5}}
     given: dict[str, Any] = {"quantize__mode": "qat", "quantize__method": "dkd+fitnet"}
