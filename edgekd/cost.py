@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from edgekd.backends import Session, backend
+from edgekd.backends import backend
 from edgekd.errors import MissingExtraError, StorageError
 from edgekd.files import read_json, sha256_json, write_json
+from edgekd.layer_files import codes_of, input_of, one_layer
 from edgekd.spec import LayerShape
 from edgekd.target import Compute, Quantity, Target, is_this_machine
+from edgekd.worker import in_turns
 
 # Bytes per value and the multiple of fp32 throughput where a card names no peak of its own.
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -150,9 +152,9 @@ class Roofline:
 class LayerTable:
     """Sum of layers measured one by one on this machine, in the executed precision, CPU time of one thread.
 
-    Each different layer becomes a one-layer model; the 25th percentile of 25 calls minus the cost of an empty
-    call is its entry. Entries are kept per host, runtime version and precision, so that a second search
-    measures nothing and finds the same costs.
+    Each different layer becomes a one-layer model, whose calls take turns with those of the other new ones;
+    their median minus that of an empty call is its entry. Entries are kept per host, runtime version and
+    precision, so that a second search measures nothing and finds the same costs.
     """
 
     kind = "layer-table"
@@ -161,10 +163,11 @@ class LayerTable:
 
     def __init__(self, target: Target, precision: str) -> None:
         engine = backend(target.primary.runtime)
-        self._engine, self._int8, self._precision = engine, precision == "int8", precision
+        self._engine, self._precision = engine, precision
+        self._codes = codes_of(target) if precision == "int8" else None
         self.device = engine.device()
         header = {
-            "format": 1,
+            "format": 2,
             "target": target.id,
             "device": self.device,
             "runtime": f"{engine.name} {engine.version()}",
@@ -174,33 +177,33 @@ class LayerTable:
         self._path = _cache_folder() / f"layers-{sha256_json(header)[:16]}.json"
         stored = _read_table(self._path, header)
         self._header, self._entries, self._added = header, stored, 0
-        if "empty" not in self._entries:
-            self._entries["empty"] = self._measure(None)
         self.note = (
             f"sum of layers measured one by one on {self.device} with {header['runtime']}; "
             "CPU time, one thread"
         )
 
     def predict(self, layers: tuple[LayerShape, ...]) -> Cost:
-        empty = self._entries["empty"]
-        total = empty
-        for layer in layers:
-            key = layer_key(layer)
-            if key not in self._entries:
-                self._entries[key] = max(1e-4, self._measure(layer) - empty)
-                self._added += 1
-            total += self._entries[key]
+        executed = {layer_key(layer): layer for layer in layers if layer.op != "add"}
+        new = {key: layer for key, layer in executed.items() if key not in self._entries}
+        if new:
+            times = self._measure([None, *new.values()])
+            self._entries.setdefault("empty", times[0])
+            entries = {key: max(1e-4, ms - times[0]) for key, ms in zip(new, times[1:], strict=True)}
+            self._entries |= entries
+            self._added += len(new)
+        total = sum_of_layers(self._entries, layers)
         return Cost(total, size_mib(layers, self._precision), memory_mib(layers, self._precision))
 
-    def _measure(self, layer: LayerShape | None) -> float:
-        """CPU milliseconds of a call of a one-layer model; of a model that only copies one value for None."""
+    def _measure(self, layers: Sequence[LayerShape | None]) -> list[float]:
+        """CPU milliseconds of a call of each one-layer model; for None of one that only copies a value."""
+        loaded = []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "layer.onnx"
-            path.write_bytes(one_layer(layer, self._int8))
-            session = self._engine.open(path, threads=1)
-        shape = (1, 1, 1, 1) if layer is None else (1, layer.channels_in, layer.size_in, layer.size_in)
-        kind = np.uint8 if self._int8 and layer is not None else np.float32
-        return _quartile_ms(session, np.zeros(shape, kind))
+            for layer in layers:
+                path.write_bytes(one_layer(layer, self._codes))
+                dtype, shape = input_of(layer, self._codes)
+                loaded.append((self._engine.open(path, threads=1), np.zeros(shape, dtype)))
+        return [times["cpu"] for times in in_turns(loaded)]
 
     def close(self) -> None:
         """Store the table; a cache that cannot be written costs time, not results."""
@@ -209,6 +212,39 @@ class LayerTable:
                 write_json(self._path, {"header": self._header, "entries_ms": self._entries})
             except StorageError:
                 return
+
+
+def sum_of_layers(entries: Mapping[str, float], layers: Iterable[LayerShape]) -> float:
+    """Milliseconds of an empty call and all layers; additions are fused into the convolution before them."""
+    return entries["empty"] + sum(entries[layer_key(layer)] for layer in layers if layer.op != "add")
+
+
+@dataclass(frozen=True)
+class Line:
+    """From layers measured alone to a network: ``t = offset + slope * sum - border V + weight W``.
+
+    V: values that its layers read and write, whose change of layout a layer alone pays for and a network does
+    not; W: its parameters, which a layer alone finds in the nearest cache and a network does not. All
+    coefficients are at least 0; by default it is the sum.
+    """
+
+    offset_ms: float = 0.0
+    slope: float = 1.0
+    border_ms: float = 0.0  # a value
+    weight_ms: float = 0.0  # a parameter
+
+    @staticmethod
+    def features(total_ms: float, layers: Iterable[LayerShape]) -> tuple[float, float, float, float]:
+        """What `slope`, `offset_ms`, `weight_ms` and `border_ms` are multiplied with, in this order."""
+        executed = [layer for layer in layers if layer.op != "add"]
+        weights = sum(layer.parameters for layer in executed)
+        return total_ms, 1.0, weights, weights - sum(layer.values_moved for layer in executed)
+
+    def predict(self, total_ms: float, layers: Iterable[LayerShape]) -> float:
+        """Milliseconds of a network; a tenth of the sum at least, far from what the line was fitted on."""
+        coefficients = (self.slope, self.offset_ms, self.weight_ms, self.border_ms)
+        found = sum(a * b for a, b in zip(coefficients, self.features(total_ms, layers), strict=True))
+        return max(found, 0.1 * total_ms)
 
 
 def calibrated_path(target: str, precision: str) -> Path:
@@ -222,7 +258,7 @@ def layer_key(layer: LayerShape) -> str:
 
 
 class CalibratedTable:
-    """Sum of layers that were measured on the device, in a line fitted on whole networks.
+    """Sum of layers that were measured on the device, in a `Line` fitted on whole networks.
 
     A layer that is not in the table has the roofline's time, times the median of measured over roofline.
     """
@@ -233,7 +269,7 @@ class CalibratedTable:
         """Raises StorageError when the file is not a table of this target, runtime and precision."""
         stored = read_json(path)
         header = stored.get("header", {}) if isinstance(stored, dict) else {}
-        wanted = {"format": 2, "target": target.id, "precision": precision}
+        wanted = {"format": 3, "target": target.id, "precision": precision}
         runtime = str(header.get("runtime", "")).partition(" ")[0]
         got = {key: header.get(key) for key in wanted} | {"runtime": runtime}
         if got != wanted | {"runtime": target.primary.runtime}:
@@ -242,7 +278,7 @@ class CalibratedTable:
                 f"edgekd targets calibrate {target.id} writes it anew",
             )
         self._precision, self._entries = precision, stored["entries_ms"]
-        self._scale, self._offset = stored["scale"], stored["offset_ms"]
+        self._line = Line(**stored["line"])
         self._roofline = Roofline(target, precision)
         self.device, self.error_percent = header["device"], stored["validation"].get("median_error_percent")
         self.note = f"sum of layers measured one by one on {self.device} with {header['runtime']}"
@@ -264,16 +300,19 @@ class CalibratedTable:
         return self._roofline.predict((layer,)).latency_ms
 
     def predict(self, layers: tuple[LayerShape, ...]) -> Cost:
-        total: float | None = self._entries["empty"]
+        entries = dict(self._entries)
         for layer in layers:
-            entry = self._entries.get(key := layer_key(layer))
-            if entry is None:
-                self.missing.add(key)
-                rough = self._rough(layer)
-                entry = None if rough is None or self._correction is None else rough * self._correction
-            total = None if total is None or entry is None else total + entry
+            key = layer_key(layer)
+            if key in entries or layer.op == "add":
+                continue
+            self.missing.add(key)
+            rough = self._rough(layer)
+            if rough is not None and self._correction is not None:
+                entries[key] = rough * self._correction
         size, memory = size_mib(layers, self._precision), memory_mib(layers, self._precision)
-        return Cost(None if total is None else total * self._scale + self._offset, size, memory)
+        if any(layer_key(layer) not in entries for layer in layers if layer.op != "add"):
+            return Cost(None, size, memory)
+        return Cost(self._line.predict(sum_of_layers(entries, layers), layers), size, memory)
 
     def close(self) -> None:
         """Nothing to keep."""
@@ -292,94 +331,3 @@ def _read_table(path: Path, header: dict[str, Any]) -> dict[str, float]:
         return {}
     stored = read_json(path)
     return dict(stored["entries_ms"]) if stored.get("header") == header else {}
-
-
-def _quartile_ms(session: Session, images: Any) -> float:
-    times = []
-    for _ in range(28):
-        begin = time.process_time_ns()
-        session.run(images)
-        times.append((time.process_time_ns() - begin) / 1e6)
-    return float(np.percentile(times[3:], 25))
-
-
-def one_layer(layer: LayerShape | None, int8: bool) -> bytes:
-    """An ONNX file with one layer and its fused ReLU; quantized layers take and give uint8 codes."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    if layer is None:
-        io = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 1, 1]) for name in ("x", "y")]
-        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "empty", io[:1], io[1:])
-        return _model(graph)
-    weight = np.ones(
-        (layer.channels_out, layer.channels_in // layer.groups, layer.kernel, layer.kernel), np.float32
-    )
-    constants = [numpy_helper.from_array(np.zeros(layer.channels_out, np.float32), "bias")]
-    nodes: list[Any] = []
-    if int8:
-        constants += [
-            numpy_helper.from_array(np.array(0.01, np.float32), "scale"),
-            numpy_helper.from_array(np.array(0, np.uint8), "zero"),
-            numpy_helper.from_array(np.full(layer.channels_out, 0.01, np.float32), "weight_scale"),
-            numpy_helper.from_array(np.zeros(layer.channels_out, np.int8), "weight_zero"),
-            numpy_helper.from_array(weight.astype(np.int8), "codes"),
-        ]
-        nodes.append(helper.make_node("DequantizeLinear", ["x", "scale", "zero"], ["input"]))
-        nodes.append(
-            helper.make_node("DequantizeLinear", ["codes", "weight_scale", "weight_zero"], ["weight"], axis=0)
-        )
-    else:
-        constants.append(numpy_helper.from_array(weight, "weight"))
-    source = "input" if int8 else "x"
-    if layer.op == "add":
-        nodes.append(helper.make_node("Add", [source, source], ["made"]))
-    elif layer.op == "pool":
-        nodes.append(helper.make_node("GlobalAveragePool", [source], ["made"]))
-    elif layer.op == "avgpool":
-        shape, margin = [layer.kernel] * 2, [(layer.kernel - 1) // 2] * 4
-        pool = {"kernel_shape": shape, "strides": [layer.stride] * 2, "pads": margin, "ceil_mode": 1}
-        nodes.append(helper.make_node("AveragePool", [source], ["made"], **pool))
-    elif layer.op == "attention":
-        nodes += _attention(layer, source, constants)
-    else:
-        attributes = {"strides": [layer.stride] * 2, "group": layer.groups, "pads": [layer.kernel // 2] * 4}
-        nodes.append(helper.make_node("Conv", [source, "weight", "bias"], ["made"], **attributes))
-    last = "made"
-    if layer.relu:
-        nodes.append(helper.make_node("Relu", [last], ["positive"]))
-        last = "positive"
-    final = ("QuantizeLinear", [last, "scale", "zero"]) if int8 else ("Identity", [last])
-    nodes.append(helper.make_node(*final, ["y"]))
-    used = {name for node in nodes for name in node.input}
-    kind = TensorProto.UINT8 if int8 else TensorProto.FLOAT
-    ends = [
-        helper.make_tensor_value_info("x", kind, [1, layer.channels_in, layer.size_in, layer.size_in]),
-        helper.make_tensor_value_info("y", kind, None),
-    ]
-    graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], [c for c in constants if c.name in used])
-    return _model(graph)
-
-
-def _attention(layer: LayerShape, source: str, constants: list[Any]) -> list[Any]:
-    """The products of `edgekd.nets.Attend`, in float, with one map as queries, keys and values."""
-    from onnx import helper, numpy_helper
-
-    side, depth = layer.size_in, layer.channels_in // layer.groups
-    for name, shape in (("heads", (1, layer.groups, depth, side**2)), ("map", (1, -1, side, side))):
-        constants.append(numpy_helper.from_array(np.array(shape, np.int64), name))
-    return [
-        helper.make_node("Reshape", [source, "heads"], ["values"]),
-        helper.make_node("Transpose", ["values"], ["keys"], perm=[0, 1, 3, 2]),
-        helper.make_node("MatMul", ["keys", "values"], ["scores"]),
-        helper.make_node("Softmax", ["scores"], ["shares"], axis=2),
-        helper.make_node("MatMul", ["values", "shares"], ["mixed"]),
-        helper.make_node("Reshape", ["mixed", "map"], ["made"]),
-    ]
-
-
-def _model(graph: Any) -> bytes:
-    from onnx import helper
-
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    data: bytes = model.SerializeToString()
-    return data

@@ -67,7 +67,7 @@ def targets_show(name: str) -> None:
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(2))
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "int8"]))
 @click.option("--candidates", default=60, show_default=True, type=click.IntRange(1))
-@click.option("--networks", default=12, show_default=True, type=click.IntRange(0))
+@click.option("--networks", default=18, show_default=True, type=click.IntRange(0))
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--json", "as_json", is_flag=True)
 def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: Any) -> None:
@@ -92,7 +92,7 @@ def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: 
     numbers = {key: given[key] for key in ("candidates", "networks", "seed")}
     wanted = Wanted(given["space"], spec, given["precision"], **numbers)
     table = calibrate(target, devices or [HERE], wanted, lambda text: click.echo(f"  {text}", err=True))
-    told = {key: table[key] for key in ("path", "scale", "offset_ms")}
+    told = {key: table[key] for key in ("path", "line")}
     told |= {key: table["header"][key] for key in ("device", "runtime")}
     told["layers"] = len(table["entries_ms"]) - 1
     emit(told | {"validation": table["validation"]}, as_json)

@@ -256,7 +256,7 @@ def time_layers(
     protocol: Protocol,
     device: Device = HERE,
 ) -> dict[str, Any]:
-    """Lower quartile of the calls of one-layer models: ``times`` (id: cpu and wall, ms), ``environment``.
+    """Small models that take turns: ``times`` (id: what `edgekd.worker.in_turns` says), ``environment``.
 
     Args:
         shapes: dtype and shape of each model's input.

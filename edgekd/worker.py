@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ _PACKAGES = (
 _WINDOW = 5  # calls in a warm-up window
 _WINDOWS = 10  # at most
 _AGREEMENT = 0.03  # two consecutive window medians this close end the warm-up
-_LAYER_CALLS, _LAYER_WARM_UP = 28, 3  # of a one-layer model; the first ones do not count
+_TURNS, _TURN_CALLS, _TURN_WARM_UP = 9, 5, 2  # of small models; the first calls of a turn do not count
 _ENERGY = "/sys/class/powercap/*:[0-9]/energy_uj"  # one counter a processor package
 _TEMPERATURES = "/sys/class/thermal/thermal_zone*/temp"
 _THROTTLES = "/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
@@ -220,29 +221,47 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_turns(loaded: Sequence[tuple[Session, Any]]) -> list[dict[str, Any]]:
+    """Medians of the calls of loaded models, ms: ``wall`` and ``cpu``, and of each turn ``wall_turns`` and
+    ``cpu_turns``. What disturbs a while then disturbs all alike, and no model in all of its calls."""
+    wall_ms = np.zeros((_TURNS, len(loaded), _TURN_CALLS + _TURN_WARM_UP))
+    cpu_ms = np.zeros_like(wall_ms)
+    for turn in range(_TURNS):
+        for index, (session, fed) in enumerate(loaded):
+            for call in range(_TURN_CALLS + _TURN_WARM_UP):
+                cpu, wall = time.process_time_ns(), time.perf_counter_ns()
+                session.run(fed)
+                wall_ms[turn, index, call] = (time.perf_counter_ns() - wall) / 1e6
+                cpu_ms[turn, index, call] = (time.process_time_ns() - cpu) / 1e6
+    wall_ms, cpu_ms = wall_ms[..., _TURN_WARM_UP:], cpu_ms[..., _TURN_WARM_UP:]
+    return [
+        {
+            "wall": float(np.median(wall_ms[:, index])),
+            "cpu": float(np.median(cpu_ms[:, index])),
+            "wall_turns": np.median(wall_ms[:, index], axis=1).tolist(),
+            "cpu_turns": np.median(cpu_ms[:, index], axis=1).tolist(),
+        }
+        for index in range(len(loaded))
+    ]
+
+
 def time_each(order: dict[str, Any]) -> dict[str, Any]:
-    """One-layer models one by one: lower quartile of their calls, ms; refused ones apart."""
-    times: dict[str, Any] = {}
+    """Small models that take turns: what `in_turns` says of each; refused ones apart."""
+    loaded: dict[str, tuple[Session, Any]] = {}
     refused: dict[str, str] = {}
     for variant in order["variants"]:
         dtype, shape = order["shapes"][variant["id"]]
-        session = backend(variant["backend"]).open(
-            Path(variant["model"]), threads=order["protocol"]["threads"], precision=variant["precision"]
-        )
-        array, wall_ms, cpu_ms = np.zeros(shape, dtype), [], []
+        array, engine = np.zeros(shape, dtype), backend(variant["backend"])
         try:
-            for _ in range(_LAYER_CALLS):
-                cpu, wall = time.process_time_ns(), time.perf_counter_ns()
-                session.run(array)
-                wall_ms.append((time.perf_counter_ns() - wall) / 1e6)
-                cpu_ms.append((time.process_time_ns() - cpu) / 1e6)
-        except EdgekdError as error:
+            session = engine.open(
+                Path(variant["model"]), threads=order["protocol"]["threads"], precision=variant["precision"]
+            )
+            session.run(array)
+        except BackendError as error:
             refused[variant["id"]] = error.message
             continue
-        times[variant["id"]] = {
-            "wall": float(np.percentile(wall_ms[_LAYER_WARM_UP:], 25)),
-            "cpu": float(np.percentile(cpu_ms[_LAYER_WARM_UP:], 25)),
-        }
+        loaded[variant["id"]] = (session, array)
+    times = dict(zip(loaded, in_turns(list(loaded.values())), strict=True))
     names = {variant["backend"] for variant in order["variants"]}
     told = environment() | {
         "devices": {name: backend(name).device() for name in names},

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import nn
 
-from edgekd.backends.feeds import image_feed
 from edgekd.blocks import deployed
-from edgekd.cost import calibrated_path, layer_key, one_layer
+from edgekd.cost import Line, calibrated_path, layer_key, sum_of_layers
 from edgekd.errors import DeviceError, UsageError
 from edgekd.export import save, to_onnx
 from edgekd.files import write_json
-from edgekd.profiler import HERE, Device, Protocol, Variant, run_session, time_layers
-from edgekd.ranking import kendall_tau
+from edgekd.layer_files import codes_of, input_of, one_layer
+from edgekd.nets import evaluate
+from edgekd.profiler import HERE, Device, Protocol, Variant, time_layers
+from edgekd.quantize.capture import capture
+from edgekd.quantize.fakequant import calibrate as calibrate_ranges
+from edgekd.quantize.fakequant import find_sites, insert, parameters_of
+from edgekd.quantize.lower import lower
+from edgekd.quantize.scheme import scheme_for
+from edgekd.ranking import Values, kendall_tau
 from edgekd.remote import pooled
-from edgekd.spaces import Genome, SearchSpace, search_space
+from edgekd.spaces import Genome, search_space
 from edgekd.spec import LayerShape, ModelSpec
 from edgekd.target import Target, is_this_machine
 
-_CHUNK = 48  # layers of one order
-_FITTED = 0.4  # of the networks: the line is fitted on them, the error is that of the others
+_CHUNK = 400  # models of one order: what is measured together is disturbed alike
+_CHUNK_TENSORRT = 48  # whose engines take a second each to build
+_FITTED = 10  # networks: the line is fitted on them, the error is that of the others
+_LEAST = 14  # networks: with fewer nothing is fitted
 _RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is measured: `candidates` random students of a space, and of them `networks` as a whole."""
+    """What is measured: the layers of `candidates` students of a space, and `networks` of them whole."""
 
     space: str
     spec: ModelSpec
     precision: str
     candidates: int = 60
-    networks: int = 12
+    networks: int = 18
     seed: int = 0
 
 
@@ -64,68 +72,125 @@ def calibrate(
         wanted.space, wanted.spec, int(float(restrictions.channel_multiple.value)),
         tuple(restrictions.kernels), tuple(restrictions.forbidden_ops),
     )  # fmt: skip
-    draw = random.Random(wanted.seed)
-    genomes = [tuple(draw.randrange(n) for n in space.choices) for _ in range(wanted.candidates)]
-    layers = {layer_key(layer): layer for genome in genomes for layer in space.layers(genome)}
+    genomes = drawn(space.choices, wanted.candidates, wanted.seed)
+    whole = genomes[: wanted.networks]
+    layers = {
+        layer_key(layer): layer for genome in genomes for layer in space.layers(genome) if layer.op != "add"
+    }
     clock = "cpu" if target.measure.clock == "cpu" else "wall"
-    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        entries, machine = _layer_times(target, devices, layers, wanted.precision, clock, Path(folder), say)
-        header = {
-            "format": 2, "target": target.id, "precision": wanted.precision, "threads": 1, "clock": clock,
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as name:
+        folder = Path(name)
+        models = _layer_models(target, layers, wanted.precision, folder)
+        for number, genome in enumerate(whole):
+            say(f"{number + 1} of {len(whole)} networks written")
+            network = space.build(genome, torch.Generator().manual_seed(number))
+            write_network(network, target, wanted, folder / f"n{number}.onnx")
+            models[f"n{number}"] = ("float32", (1, *wanted.spec.input_shape))
+        times, machine = _measured(target, devices, models, folder, say)
+    entries = _entries(layers, times, clock)
+    known = {  # networks that were measured, and all of their layers
+        f"n{number}": shapes
+        for number, shapes in enumerate(map(space.layers, whole))
+        if f"n{number}" in times and all(shape.op == "add" or layer_key(shape) in entries for shape in shapes)
+    }
+    sums = [sum_of_layers(entries, shapes) for shapes in known.values()]
+    features = [Line.features(ms, shapes) for ms, shapes in zip(sums, known.values(), strict=True)]
+    turns = np.array([times[name][f"{clock}_turns"] for name in known])
+    line, validation = _validated(np.array(features), turns)
+    table = {
+        "header": {
+            "format": 3, "target": target.id, "precision": wanted.precision, "threads": 1, "clock": clock,
             "runtime": f"{runtime} {machine['versions'][runtime]}", "device": machine["devices"][runtime],
             "space": wanted.space, "input": list(wanted.spec.input_shape),
-        }  # fmt: skip
-        (scale, offset), validation = (1.0, 0.0), _not_validated(wanted)
-        if not validation["reason"]:
-            say(f"{wanted.networks} whole networks")
-            networks = _networks(space, genomes[: wanted.networks], wanted.spec, runtime, Path(folder))
-            sums = [entries["empty"] + sum(entries[layer_key(layer)] for layer in space.layers(genome))
-                    for genome in genomes[: wanted.networks]]  # fmt: skip
-            (scale, offset), validation = _validated(networks, sums, wanted.spec, clock, devices[0])
-    path = calibrated_path(target.id, wanted.precision)
-    table = {
-        "header": header,
-        "scale": scale,
-        "offset_ms": offset,
-        "validation": validation,
+        },
+        "line": asdict(line),
+        "validation": validation | {"sums_ms": sums},
         "entries_ms": entries,
         "environment": machine,
-    }
+    }  # fmt: skip
+    path = calibrated_path(target.id, wanted.precision)
     write_json(path, table)
     return table | {"path": str(path)}
 
 
-def _layer_times(
-    target: Target, devices: Sequence[Device], layers: dict[str, LayerShape], precision: str, clock: str,
-    folder: Path, say: Callable[[str], None],
-) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
-    """Milliseconds of each layer beyond an empty call, and the machine."""
-    int8, runtime = precision == "int8", target.primary.runtime
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for index, layer in enumerate(layers.values()):
-        (folder / f"l{index}.onnx").write_bytes(one_layer(layer, int8))
-        shape = (1, layer.channels_in, layer.size_in, layer.size_in)
-        shapes[f"l{index}"] = ("uint8" if int8 else "float32", shape)
-    (folder / "empty.onnx").write_bytes(one_layer(None, int8))
-    shapes["empty"] = ("float32", (1, 1, 1, 1))
-    names = [f"l{index}" for index in range(len(layers))]
-    chunks = [["empty", *names[start : start + _CHUNK]] for start in range(0, len(names), _CHUNK)]
+def drawn(choices: Sequence[int], count: int, seed: int) -> list[Genome]:
+    """Different genomes, each scattered around a level of size of its own: even draws are nearly all of one
+    size. Fewer than `count` of a small space."""
+    rng = np.random.default_rng(seed)
+    levels = rng.random((4 * count, 1)) + rng.normal(0, 0.2, (4 * count, len(choices)))
+    rows = (np.clip(levels, 0, 0.999) * np.asarray(choices)).astype(int).tolist()
+    return list(dict.fromkeys(tuple(row) for row in rows))[:count]
+
+
+def write_network(network: nn.Module, target: Target, wanted: Wanted, path: Path) -> None:
+    """A student with fresh weights as it is deployed: float, or quantized on random images for the target."""
+    shape = wanted.spec.input_shape
+    images = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # offsets as after training: exporters drop those that are exactly zero
+        network.train()(images)
+        for bias in (value for name, value in network.named_parameters() if name.endswith("bias")):
+            bias.add_(0.01)
+    network = deployed(network.eval())
+    if wanted.precision != "int8":
+        save(to_onnx(network, wanted.spec), path)
+        return
+    scheme, graph = scheme_for(target), capture(network, shape)
+    sites = find_sites(graph, scheme)
+    ranges = calibrate_ranges(graph, sites, [images], scheme, "min-max")
+    quantized = insert(graph, sites, ranges, scheme).eval()
+    evaluate(quantized, images)
+    kind: Literal["uint8", "int8"] = "uint8" if codes_of(target).dtype == np.uint8 else "int8"
+    save(lower(to_onnx(graph, wanted.spec), parameters_of(quantized, sites), sites, kind), path)
+
+
+_Models = dict[str, tuple[str, tuple[int, ...]]]  # file's stem: type and shape of its input
+
+
+def _layer_models(target: Target, layers: dict[str, LayerShape], precision: str, folder: Path) -> _Models:
+    """A file for each layer, ``l0`` the first, and ``empty``."""
+    codes = codes_of(target) if precision == "int8" else None
+    models: _Models = {}
+    for name, layer in (("empty", None), *((f"l{n}", layer) for n, layer in enumerate(layers.values()))):
+        (folder / f"{name}.onnx").write_bytes(one_layer(layer, codes))
+        models[name] = input_of(layer, codes)
+    return models
+
+
+def _measured(
+    target: Target, devices: Sequence[Device], models: _Models, folder: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `time_layers` says of each model, and the machine. Each order has an empty call of its own; whole
+    networks come first, beside layers."""
+    runtime = target.primary.runtime
+    names = sorted((name for name in models if name != "empty"), key=lambda name: name[0] != "n")
+    chunk_size = _CHUNK_TENSORRT if runtime == "tensorrt" else _CHUNK
+    count = max(len(devices), -(-len(names) // chunk_size))
+    chunks = [["empty", *part.tolist()] for part in np.array_split(np.array(names), count) if len(part)]
     done = 0
 
     def work(device: Device, chunk: list[str]) -> dict[str, Any]:
         nonlocal done
         variants = [Variant(name, runtime, str(folder / f"{name}.onnx")) for name in chunk]
-        found = time_layers(variants, {n: shapes[n] for n in chunk}, protocol=Protocol(), device=device)
+        shapes = {name: models[name] for name in chunk}
+        found = time_layers(variants, shapes, protocol=Protocol(), device=device)
         _is_the_target(target, device, found["environment"])
         done += len(chunk) - 1
-        say(f"{done} of {len(layers)} layers")
+        say(f"{done} of {len(names)} layers and networks measured")
         return found
 
     parts = pooled(devices, chunks, work)
-    empty = float(np.median([part["times"]["empty"][clock] for part in parts]))
-    times = {name: part["times"][name][clock] for part in parts for name in part["times"]}
-    entries = {key: max(1e-4, times[n] - empty) for n, key in zip(names, layers, strict=True) if n in times}
-    return entries | {"empty": empty}, parts[0]["environment"]
+    times: dict[str, Any] = {}
+    for part in parts:
+        empty = part["times"]["empty"]
+        times |= {name: row | {"empty": empty} for name, row in part["times"].items()}
+    return times, parts[0]["environment"]
+
+
+def _entries(layers: dict[str, LayerShape], times: dict[str, Any], clock: str) -> dict[str, float]:
+    """Milliseconds of each layer beyond the empty call of its order; a refused one has none."""
+    rows = {key: times[f"l{number}"] for number, key in enumerate(layers) if f"l{number}" in times}
+    entries = {key: max(1e-4, row[clock] - row["empty"][clock]) for key, row in rows.items()}
+    return entries | {"empty": times["empty"][clock]}
 
 
 def _is_the_target(target: Target, device: Device, machine: dict[str, Any]) -> None:
@@ -136,56 +201,54 @@ def _is_the_target(target: Target, device: Device, machine: dict[str, Any]) -> N
         )
 
 
-def _not_validated(wanted: Wanted) -> dict[str, Any]:
-    reason = ""
-    if wanted.precision == "int8":
-        reason = "whole int8 networks need training data: the error of this table is not known"
-    elif wanted.networks < 5:
-        reason = "fewer than 5 networks: the error of this table is not known"
-    return {"networks": 0, "kendall_tau": None, "median_error_percent": None, "reason": reason}
+def fit(features: Values, measured: Values) -> Line:
+    """The `Line` of least relative squares, its coefficients not negative (Lawson & Hanson 1974); of so few
+    the best support is found by trying all.
 
-
-def _networks(
-    space: SearchSpace, genomes: Sequence[Genome], spec: ModelSpec, runtime: str, folder: Path
-) -> list[Variant]:
-    """The students of some genomes, with fresh weights, as they are deployed."""
-    variants = []
-    for index, genome in enumerate(genomes):
-        network = deployed(space.build(genome, torch.Generator().manual_seed(index)).eval())
-        save(to_onnx(network, spec), folder / f"n{index}.onnx")
-        variants.append(Variant(f"n{index}", runtime, str(folder / f"n{index}.onnx")))
-    return variants
-
-
-def fit(sums: NDArray[np.float64], measured: NDArray[np.float64]) -> tuple[float, float]:
-    """Slope and offset (ms) from sums of layers to whole networks, least squares of relative errors.
-
-    A layer alone pays for layouts that a network changes once, and a network for what no layer has. Where the
-    slope or the offset would be negative, it is a factor alone.
+    Args:
+        features: (networks, 4), rows of `Line.features`; with few networks only the first ones are used.
+        measured: (networks,), ms.
     """
-    slope, offset = np.polyfit(sums, measured, 1, w=1 / measured)
-    if slope > 0 and offset >= 0:
-        return float(slope), float(offset)
-    return float(np.median(measured / sums)), 0.0
+    used = max(1, min(features.shape[1], len(measured) // 2))
+    best, least = np.zeros(4), np.inf
+    for size in range(1, used + 1):
+        for support in map(list, itertools.combinations(range(used), size)):
+            rows = features[:, support] / measured[:, None]
+            found = np.linalg.lstsq(rows, np.ones(len(measured)), rcond=None)[0]
+            rest = float(((rows @ found - 1) ** 2).sum())
+            if (found >= 0).all() and rest < least:
+                best, least = np.zeros(4), rest
+                best[support] = found
+    slope, offset_ms, weight_ms, border_ms = map(float, best)
+    return Line(offset_ms, slope, border_ms, weight_ms)
 
 
-def _validated(
-    networks: Sequence[Variant], sums: Sequence[float], spec: ModelSpec, clock: str, device: Device
-) -> tuple[tuple[float, float], dict[str, Any]]:
-    """The line, and how the table orders and predicts networks that it was not fitted on."""
-    protocol = Protocol(rounds=20, calls=3)
-    done = run_session(networks, protocol=protocol, inputs=image_feed(spec.input_shape), device=device)
-    times = [done.variants[one.id] for one in networks]
-    measured = np.array([np.median(one.cpu_ms if clock == "cpu" else one.wall_ms) for one in times])
-    fitted = max(2, round(_FITTED * len(networks)))
-    line = fit(np.array(sums)[:fitted], measured[:fitted])
-    predicted = line[0] * np.array(sums) + line[1]
-    errors = np.abs(predicted / measured - 1)[fitted:]
+def _validated(features: Values, turns: Values) -> tuple[Line, dict[str, Any]]:
+    """The line, and how it orders and predicts networks that it was not fitted on.
+
+    Args:
+        turns: (networks, turns), ms; ``remeasured_tau`` is between their odd and even ones.
+    """
+    networks = len(turns)
+    if networks < _LEAST:
+        reason = f"fewer than {_LEAST} networks measured: the error of this table is not known"
+        return Line(), {
+            "networks": networks,
+            "kendall_tau": None,
+            "median_error_percent": None,
+            "reason": reason,
+        }
+    measured = np.median(turns, axis=1)
+    line = fit(features[:_FITTED], measured[:_FITTED])
+    predicted = features @ [line.slope, line.offset_ms, line.weight_ms, line.border_ms]
+    held = slice(_FITTED, None)
+    again = [np.median(turns[held, start::2], axis=1) for start in (0, 1)]
     return line, {
-        "networks": len(networks),
-        "fitted_on": fitted,
-        "kendall_tau": kendall_tau(predicted, measured),
-        "median_error_percent": 100 * float(np.median(errors)),
+        "networks": networks,
+        "fitted_on": _FITTED,
+        "kendall_tau": kendall_tau(predicted[held], measured[held]),
+        "median_error_percent": 100 * float(np.median(np.abs(predicted / measured - 1)[held])),
+        "remeasured_tau": kendall_tau(*again),
         "measured_ms": measured.tolist(),
         "predicted_ms": predicted.tolist(),
         "reason": "",

@@ -25,7 +25,7 @@ from edgekd.gating.subject import resolve
 from edgekd.profiler import HERE, Device, Here, Protocol, Variant, evaluate, run_session
 from edgekd.remote import SshDevice, pooled, sensed, ssh_device
 from edgekd.spec import LayerShape, ModelSpec, Preprocessing
-from edgekd.stages.calibrate import Wanted, calibrate, fit
+from edgekd.stages.calibrate import Wanted, calibrate
 from edgekd.target import find_target
 
 from .small_models import SHAPE, residual_net
@@ -242,13 +242,6 @@ def test_another_device_than_the_cards_is_not_calibrated(
     with pytest.raises(UsageError, match="onnxruntime-web, which edgekd does not time"):
         calibrate(find_target("web"), [HERE], wanted, lambda _: None)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_line_from_sums_to_networks_is_found_and_never_falls() -> None:
-    sums = np.array([0.5, 1.0, 2.0, 4.0])
-    assert fit(sums, 0.6 * sums + 0.3) == pytest.approx((0.6, 0.3))
-    assert fit(sums, 1.2 * sums - 0.3)[1] == 0.0
-    assert fit(sums, np.array([4.0, 3.0, 2.0, 1.0]))[0] > 0
 
 
 # ---------------------------------------------------------------- refusals

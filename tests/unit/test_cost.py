@@ -12,8 +12,9 @@ import pytest
 
 from edgekd import cost
 from edgekd.backends import backend
-from edgekd.cost import LayerTable, Roofline, cost_model, size_mib
+from edgekd.cost import LayerTable, Line, Roofline, cost_model, size_mib
 from edgekd.errors import MissingExtraError, StorageError
+from edgekd.layer_files import codes_of, input_of, one_layer
 from edgekd.spec import LayerShape
 from edgekd.target import Quantity, Target, all_targets, find_target
 
@@ -164,7 +165,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> _Engine:
     made = _Engine()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cost, "backend", lambda name: made)
-    monkeypatch.setattr(cost, "_quartile_ms", lambda session, images: float(images.size) * 1e-3)
+    sizes = lambda loaded: [{"cpu": images.size * 1e-3} for _, images in loaded]  # noqa: E731
+    monkeypatch.setattr(cost, "in_turns", sizes)
     return made
 
 
@@ -176,6 +178,26 @@ def test_a_table_sums_its_layers_above_an_empty_call(engine: _Engine) -> None:
     found = table().predict((CONV, LAYERS["pointwise"], CONV))
     assert found.latency_ms == pytest.approx(0.001 + 3 * (8 * 16 * 16 - 1) * 1e-3)
     assert engine.opened == 3  # an empty call and two different layers
+
+
+def test_an_addition_is_part_of_the_convolution_before_it(engine: _Engine) -> None:
+    assert table().predict((CONV, LAYERS["add"])).latency_ms == table().predict((CONV,)).latency_ms
+
+
+def test_a_line_takes_off_borders_and_adds_cold_weights() -> None:
+    """The convolution reads and writes 3072 values and has 1168 parameters; an addition counts nothing."""
+    line = Line(offset_ms=0.5, slope=2.0, border_ms=1e-5, weight_ms=1e-4)
+    exact = 0.5 + 2 * 1.0 - 3072e-5 + 1168e-4
+    assert line.predict(1.0, (CONV, LAYERS["add"])) == pytest.approx(exact)
+    assert Line().predict(1.0, (CONV,)) == 1.0
+    assert Line(border_ms=1.0).predict(1.0, (CONV,)) == pytest.approx(0.1)
+
+
+def test_codes_are_those_that_a_target_has_after_a_relu() -> None:
+    found = {name: codes_of(find_target(name)) for name in ("x86", "rpi5", "jetson")}
+    assert {name: (code.dtype.name, int(code)) for name, code in found.items()} == {
+        "x86": ("uint8", 0), "rpi5": ("int8", -128), "jetson": ("int8", 0)
+    }  # fmt: skip
 
 
 def test_a_stored_table_measures_nothing_again(engine: _Engine) -> None:
@@ -243,13 +265,16 @@ def test_another_machines_target_uses_its_card() -> None:
     assert cost_model(find_target("jetson"), "int8").kind == "roofline"
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("int8", [True, False])
-def test_every_kind_of_layer_becomes_a_file_that_runs(name: str, int8: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "add"])
+@pytest.mark.parametrize("codes", [np.uint8(0), np.int8(-128), None])
+def test_every_kind_of_layer_becomes_a_file_that_runs(
+    name: str, codes: np.generic | None, tmp_path: Path
+) -> None:
     layer = LAYERS[name]
-    (tmp_path / "layer.onnx").write_bytes(cost.one_layer(layer, int8))
+    (tmp_path / "layer.onnx").write_bytes(one_layer(layer, codes))
     session = backend("onnxruntime").open(tmp_path / "layer.onnx")
-    shape = (1, layer.channels_in, layer.size_in, layer.size_in)
-    out = np.asarray(session.run(np.zeros(shape, np.uint8 if int8 else np.float32)))
-    assert out.shape == (1, layer.channels_out, layer.size_out, layer.size_out)
-    assert out.dtype == (np.uint8 if int8 else np.float32)
+    dtype, shape = input_of(layer, codes)
+    out = np.asarray(session.run(np.zeros(shape, dtype)))
+    size = (layer.size_out,) * 2 if layer.op != "linear" else ()
+    assert out.shape == (1, layer.channels_out, *size)
+    assert out.dtype == dtype

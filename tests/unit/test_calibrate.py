@@ -1,0 +1,87 @@
+"""The line from layers measured alone to networks, and what is drawn and written for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edgekd.backends import backend
+from edgekd.cost import Line
+from edgekd.ranking import Values
+from edgekd.spaces import search_space
+from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.stages.calibrate import Wanted, drawn, fit, write_network
+from edgekd.target import find_target
+
+SPEC = ModelSpec(Preprocessing(16, 16, "rgb", (0.5,) * 3, (0.5,) * 3), ("a", "b"))
+
+
+def features(count: int) -> Values:
+    """Rows of `Line.features`: sums, ones, parameters, minus values that cross borders."""
+    rng = np.random.default_rng(0)
+    sums, weights, values = (
+        rng.uniform(0.1, 5, count),
+        rng.uniform(1e4, 1e6, count),
+        rng.uniform(1e4, 1e6, count),
+    )
+    return np.stack([sums, np.ones(count), weights, -values], 1)
+
+
+def test_a_line_without_noise_is_found() -> None:
+    rows, exact = features(10), Line(offset_ms=0.2, slope=1.2, border_ms=1e-7, weight_ms=3e-7)
+    measured = rows @ [exact.slope, exact.offset_ms, exact.weight_ms, exact.border_ms]
+    found = fit(rows, measured)
+    assert [found.offset_ms, found.slope, found.border_ms, found.weight_ms] == pytest.approx(
+        [exact.offset_ms, exact.slope, exact.border_ms, exact.weight_ms]
+    )
+
+
+def test_a_coefficient_that_would_be_negative_is_left_out() -> None:
+    rows = features(10)
+    found = fit(rows, rows @ [1.2, -0.05, 3e-7, 0.0])
+    assert found.offset_ms == 0.0
+    assert min(found.slope, found.weight_ms, found.border_ms) >= 0
+    assert found.slope == pytest.approx(1.2, rel=0.15)
+
+
+def test_few_networks_fit_few_coefficients() -> None:
+    rows = features(4)
+    found = fit(rows, rows @ [1.2, 0.3, 3e-7, 1e-7])
+    assert (found.border_ms, found.weight_ms) == (0.0, 0.0)
+
+
+def test_draws_differ_repeat_and_cover_small_and_large() -> None:
+    choices = (4, 1, 5, 3, 3)
+    first = drawn(choices, 40, 0)
+    assert first == drawn(choices, 40, 0)
+    assert len(set(first)) == 40
+    assert first != drawn(choices, 40, 1)
+    assert all(gene < options for genome in first for gene, options in zip(genome, choices, strict=True))
+    sizes = [sum(genome) for genome in first]
+    assert min(sizes) <= 2
+    assert max(sizes) >= 9
+    assert sorted(drawn((2, 2), 40, 0)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), [("x86", "UINT8"), ("rpi5", "INT8"), ("jetson", "INT8")])
+def test_an_int8_network_is_quantized_for_its_target(name: str, dtype: str, tmp_path: Path) -> None:
+    target, path = find_target(name), tmp_path / "net.onnx"
+    space = search_space("repvgg", SPEC, 8, (3,), ())
+    network = space.build(tuple(0 for _ in space.choices), torch.Generator().manual_seed(0))
+    write_network(network, target, Wanted("repvgg", SPEC, "int8"), path)
+    graph = onnx.load(path).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["QuantizeLinear"] > kinds["Conv"] > 0
+    zeros = {node.input[2] for node in graph.node if node.op_type == "QuantizeLinear"}
+    types = {
+        onnx.TensorProto.DataType.Name(value.data_type) for value in graph.initializer if value.name in zeros
+    }
+    assert types == {dtype}
+    logits = backend("onnxruntime").open(path).run(np.zeros((1, *SPEC.input_shape), np.float32))
+    assert logits.shape == (1, 2)
