@@ -64,6 +64,7 @@ class Stage:
     hard_weight: float | None = None  # None: the largest of the methods' own
     rate_key: str = ""  # recipe key of the learning rate; empty: NAME.learning_rate
     ranks: Ranks = ALONE
+    before_step: Callable[[nn.Module, float], None] | None = None  # with the share of the steps done; CPU
 
     @property
     def batch(self) -> int:
@@ -102,7 +103,7 @@ class Loop:
         capturable = all(distiller.capturable for distiller in stage.distillers)
         # Messages between processes stay out of graphs.
         self._graphed = stage.plan.graphed and capturable and self.ranks.count == 1
-        self._seen = 0
+        self._seen, self._resumed = 0, len(self.history) * stage.steps_per_epoch
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         run = torch.compile if stage.plan.compiled else (lambda module: module)
@@ -186,6 +187,8 @@ class Loop:
 
     def step(self) -> None:
         """One optimiser step: eager, or the replay of a captured graph."""
+        if self.stage.before_step is not None:
+            self.stage.before_step(self.model, (self._resumed + self._seen) / self.steps)
         with self._on_stream():
             if not self._graphed or self._seen < _EAGER_STEPS:
                 self._work()

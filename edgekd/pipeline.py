@@ -11,6 +11,7 @@ from edgekd.errors import UsageError, unknown_name
 from edgekd.layout import TAPS
 from edgekd.proxies import proxy
 from edgekd.quantize.calibrators import calibrator
+from edgekd.quantize.scheme import scheme_for
 from edgekd.ranks import Ranks, join
 from edgekd.recipe import Recipe, load_recipe
 from edgekd.report import write_reports
@@ -146,5 +147,6 @@ def _check_names(recipe: Recipe) -> None:
             refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=False)
     proxy(recipe.search.score)
     calibrator(recipe.quantize.calibrator)
+    scheme_for(find_target(recipe.target), recipe.quantize.learn_offsets)
     if recipe.search.space not in space_names():
         raise UsageError(*unknown_name("search space", recipe.search.space, space_names()))

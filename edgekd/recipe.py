@@ -141,6 +141,11 @@ class QuantizeRecipe(_Strict, frozen=True):
     calibration_choice: Literal["stratified", "random", "coverage"] = "stratified"
     weight_bits: Literal[8, 6, 4, 3] = 8
     layer_bits: dict[str, Literal[8, 6, 4, 3]] = {}
+    activation_bits: Literal[8, 6, 4] = 8
+    layer_activation_bits: dict[str, Literal[8, 6, 4]] = {}
+    learn_offsets: bool = False
+    freeze_after: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    correct_biases: bool = False
     damping: _NonNegative = 0.0
     sensitivity: bool = False
     method: str = ""

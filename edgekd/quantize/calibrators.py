@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +11,18 @@ from edgekd.errors import UsageError, unknown_name
 
 Histogram = NDArray[np.float64]
 BINS = 2048
-_SHARES = np.linspace(0.3, 1.0, 36)  # candidate ranges, as shares of the observed one
+# Candidate ranges, as shares of the observed one; few levels pay for a narrow one.
+_SHARES, _SHARES_OF_FEW = np.linspace(0.3, 1.0, 36), np.linspace(0.1, 1.0, 46)
 
 
-def min_max(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
+def min_max(histogram: Histogram, low: float, high: float, levels: int = 256) -> tuple[float, float]:
     """Everything that was seen."""
     return low, high
 
 
-def percentile(histogram: Histogram, low: float, high: float, tail: float = 1e-4) -> tuple[float, float]:
+def percentile(
+    histogram: Histogram, low: float, high: float, levels: int = 256, tail: float = 1e-4
+) -> tuple[float, float]:
     """All but a share `tail` of the values at each end that is not zero."""
     edges = np.linspace(low, high, len(histogram) + 1)
     cumulative = np.cumsum(histogram) / histogram.sum()
@@ -28,44 +31,52 @@ def percentile(histogram: Histogram, low: float, high: float, tail: float = 1e-4
     return first, max(last, first + 1e-8)
 
 
-def mse(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
-    """The share of the observed range with the least mean squared rounding and clipping error at 8 bits."""
+def mse(histogram: Histogram, low: float, high: float, levels: int = 256) -> tuple[float, float]:
+    """The share of the observed range with the least mean squared rounding and clipping error."""
     centres = low + (np.arange(len(histogram)) + 0.5) * (high - low) / len(histogram)
-    errors = []
-    for share in _SHARES:
+    errors, shares = [], _SHARES if levels >= 256 else _SHARES_OF_FEW
+    for share in shares:
         first, last = low * share, high * share
-        step = (last - first) / 255
-        rounded = np.clip(np.round((centres - first) / step), 0, 255) * step + first
+        step = (last - first) / (levels - 1)
+        rounded = np.clip(np.round((centres - first) / step), 0, levels - 1) * step + first
         errors.append(float((histogram * (rounded - centres) ** 2).sum()))
-    best = float(_SHARES[int(np.argmin(errors))])
+    best = float(shares[int(np.argmin(errors))])
     return low * best, high * best
 
 
-def entropy(histogram: Histogram, low: float, high: float) -> tuple[float, float]:
+def entropy(histogram: Histogram, low: float, high: float, levels: int = 256) -> tuple[float, float]:
     """The share that minimises the Kullback-Leibler divergence between the values' distribution and its
-    128-level version (Migacz 2017, "8-bit inference with TensorRT", slides 20 to 38)."""
+    version of half the levels (Migacz 2017, "8-bit inference with TensorRT", slides 20 to 38)."""
     centres = np.abs(low + (np.arange(len(histogram)) + 0.5) * (high - low) / len(histogram))
     reach = max(-low, high)
     magnitudes, _ = np.histogram(centres, BINS, (0.0, reach), weights=histogram)
-    divergences = []
-    for share in _SHARES:
+    divergences, steps, shares = [], levels // 2, _SHARES if levels >= 256 else _SHARES_OF_FEW
+    for share in shares:
         kept = round(share * BINS)
         reference = magnitudes[:kept].copy()
         reference[-1] += magnitudes[kept:].sum()
-        level = np.arange(kept) * 128 // kept
+        level = np.arange(kept) * steps // kept
         filled = magnitudes[:kept] > 0
-        mass = np.bincount(level, magnitudes[:kept], 128)
-        count = np.maximum(np.bincount(level, filled, 128), 1)
+        mass = np.bincount(level, magnitudes[:kept], steps)
+        count = np.maximum(np.bincount(level, filled, steps), 1)
         coarse = np.where(filled, mass[level] / count[level], 0.0)
         p, q = reference / reference.sum(), coarse / max(coarse.sum(), 1e-30)
         inside = (p > 0) & (q > 0)
         missed = p[(p > 0) & (q == 0)].sum() * np.log(1e6)
         divergences.append(float((p[inside] * np.log(p[inside] / q[inside])).sum() + missed))
-    best = float(_SHARES[int(np.argmin(divergences))])
+    best = float(shares[int(np.argmin(divergences))])
     return low * best, high * best
 
 
-_TABLE: dict[str, Callable[[Histogram, float, float], tuple[float, float]]] = {
+class Calibrator(Protocol):
+    """`levels`: number of codes of the grid."""
+
+    def __call__(
+        self, histogram: Histogram, low: float, high: float, levels: int = 256
+    ) -> tuple[float, float]: ...
+
+
+_TABLE: dict[str, Calibrator] = {
     "min-max": min_max,
     "percentile": percentile,
     "mse": mse,
@@ -73,8 +84,8 @@ _TABLE: dict[str, Callable[[Histogram, float, float], tuple[float, float]]] = {
 }
 
 
-def calibrator(name: str) -> Callable[[Histogram, float, float], tuple[float, float]]:
-    """``f(histogram over [low, high], low, high) -> (low, high)`` of this name.
+def calibrator(name: str) -> Calibrator:
+    """``f(histogram over [low, high], low, high, levels) -> (low, high)`` of this name.
 
     Raises:
         UsageError: no such calibrator.

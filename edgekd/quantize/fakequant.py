@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from edgekd.errors import RecipeError, UnsupportedModelError
 from edgekd.quantize.calibrators import BINS, calibrator
 from edgekd.quantize.capture import attribute
+from edgekd.quantize.quantizers import ActivationQuantizer, WeightQuantizer
 from edgekd.quantize.scheme import Grid, QuantScheme
 
 _ATEN = torch.ops.aten
-_LEAST_FULL = 63  # the largest code of 7 bits: from there on the largest weight sets the scale
 _WEIGHTED = (_ATEN.conv2d.default, _ATEN.conv1d.default, _ATEN.linear.default)
 _ADDS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
 _POOLS = (
@@ -33,6 +32,9 @@ _VIEWS = (
     _ATEN.squeeze.dim,
     _ATEN.squeeze.dims,
 )
+
+
+_QUANTIZERS = (ActivationQuantizer, WeightQuantizer)
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,15 @@ def _origins(graph: fx.GraphModule) -> dict[str, Origin]:
 
 
 def calibrate(
-    graph: fx.GraphModule, sites: Sites, batches: Iterable[Tensor], scheme: QuantScheme, method: str
+    graph: fx.GraphModule,
+    sites: Sites,
+    batches: Iterable[Tensor],
+    scheme: QuantScheme,
+    method: str,
+    bits: Mapping[str, int] | None = None,
 ) -> dict[str, Grid]:
     """A grid for each activation, from two streaming passes (range, then histogram); memory does not grow
-    with the number of batches."""
+    with the number of batches. `bits` by tensor, 8 where it is not told."""
     choose = calibrator(method)
     names = [name for name in sites.activations if name not in sites.same_as]
     low = dict.fromkeys(names, np.inf)
@@ -140,7 +147,8 @@ def calibrate(
     grids = {}
     for name in names:
         top = max(high[name], low[name] + 1e-6)
-        grids[name] = scheme.grid(*choose(histogram[name], low[name], top))
+        wanted = (bits or {}).get(name, 8)
+        grids[name] = scheme.grid(*choose(histogram[name], low[name], top, 2**wanted), wanted)
     return grids | {name: grids[root] for name, root in sites.same_as.items()}
 
 
@@ -167,92 +175,6 @@ def _activations(
         yield recorder.seen
 
 
-class ActivationQuantizer(nn.Module):
-    """Rounds to a grid whose scale is learnt, straight-through inside the range (LSQ, Esser et al. 2020,
-    arXiv:1902.08153, eq. 1 to 3). The parameter is the logarithm of the scale, so one step changes it by a
-    share of itself whatever its size."""
-
-    def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor([grid.scale]).log())
-        self.register_buffer("zero_point", torch.tensor([float(grid.zero_point)]))
-        self.zero_point: Tensor
-        self.qmin, self.qmax, self._zero_point = grid.qmin, grid.qmax, grid.zero_point
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return torch._fake_quantize_learnable_per_tensor_affine(
-                x.float(), self.log_scale.exp(), self.zero_point, self.qmin, self.qmax, 1.0
-            )
-        scale = float(self.log_scale.detach().exp())
-        return torch.fake_quantize_per_tensor_affine(x, scale, self._zero_point, self.qmin, self.qmax)
-
-    def grid(self) -> Grid:
-        return Grid(float(self.log_scale.detach().exp()), self._zero_point, self.qmin, self.qmax)
-
-
-class _Damp(torch.autograd.Function):
-    """Nothing forward; backward the gradient of ``strength * sum (w - q)^2`` reaches w."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rounded: Tensor, strength: float) -> Tensor:
-        ctx.save_for_backward(2 * strength * (weight - rounded))
-        return torch.zeros_like(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[Tensor, None, None]:
-        return ctx.saved_tensors[0], None, None
-
-
-class WeightQuantizer(nn.Module):
-    """Symmetric per output channel, codes of 8 bits or fewer; they reach `weight_max` at the start.
-
-    Of fewer bits, the scale starts where the squared rounding and clipping error is least, not at the
-    largest weight. With `damping`, weights are drawn to the middle of their step, so that those of depthwise
-    layers do not swing between two codes for ever (Nagel et al. 2022, arXiv:2203.11086, eq. 7; there as a
-    loss).
-    """
-
-    def __init__(self, weight: Tensor, weight_max: int, damping: float = 0.0) -> None:
-        super().__init__()
-        reach = weight.detach().abs().flatten(1).amax(1).clamp(min=1e-8)
-        start = reach / weight_max if weight_max >= _LEAST_FULL else _least_error(weight, reach, weight_max)
-        self.log_scale = nn.Parameter(start.log())
-        self._damping = damping
-        self.register_buffer("zero_point", torch.zeros(len(weight)))
-        self.zero_point: Tensor
-        self.weight_max = weight_max
-
-    @property
-    def qmin(self) -> int:
-        return -128 if self.weight_max == 127 else -self.weight_max - 1
-
-    @property
-    def qmax(self) -> int:
-        return self.weight_max
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if self.training:
-            rounded: Tensor = torch._fake_quantize_learnable_per_channel_affine(
-                weight, self.log_scale.exp(), self.zero_point, 0, self.qmin, self.qmax, 1.0
-            )
-            if self._damping:
-                rounded = rounded + _Damp.apply(weight, rounded.detach(), self._damping)  # type: ignore[no-untyped-call]
-            return rounded
-        return torch.fake_quantize_per_channel_affine(
-            weight, self.log_scale.exp(), self.zero_point.int(), 0, self.qmin, self.qmax
-        )
-
-
-def _least_error(weight: Tensor, reach: Tensor, weight_max: int) -> Tensor:
-    """(channels,) of the scales ``share * reach / weight_max``, those with the least squared error."""
-    flat = weight.detach().flatten(1)
-    scales = torch.linspace(0.4, 1.0, 25)[:, None] * reach / weight_max
-    codes = (flat / scales[..., None]).round().clamp(-weight_max - 1, weight_max)
-    errors = (codes * scales[..., None] - flat).square().sum(2)
-    return scales.gather(0, errors.argmin(0)[None])[0]
-
-
 def largest_codes(
     graph: fx.GraphModule, sites: Sites, scheme: QuantScheme, bits: int, named: Mapping[str, int]
 ) -> dict[str, int]:
@@ -269,14 +191,43 @@ def largest_codes(
         if bits < 8 and name not in ends:
             found[name] = 2 ** (bits - 1) - 1
     for key, wanted in named.items():
-        hits = [name for name in sites.weights if name.startswith(key) or name.endswith(key)]
-        if not hits:
-            raise RecipeError(
-                f"quantize.layer_bits: no weight is called '{key}'", f"there are: {', '.join(sites.weights)}"
-            )
-        for name in hits:
+        for name in _named(sites, key, "quantize.layer_bits"):
             found[name] = min(2 ** (wanted - 1) - 1, scheme.weight_max)
     return found
+
+
+def activation_bits(sites: Sites, bits: int, named: Mapping[str, int]) -> dict[str, int]:
+    """Bits of each activation: `bits`, but 8 for the graph's input, what the last layer reads and makes, and
+    `named` for what a layer reads, by a beginning or end of its weight's name. A tensor that several layers
+    read has the most of theirs.
+
+    Raises:
+        RecipeError: a name that no weight has.
+    """
+    layers = {name: node for node, origin in sites.origins.items() for name in origin.parameters}
+    found: dict[str, int] = {}
+    for weight in sites.weights:
+        wanted = 8 if weight == sites.weights[-1] else bits
+        for tensor in sites.origins[layers[weight]].inputs:
+            root = sites.same_as.get(tensor, tensor)
+            first = sites.origins[root].operator == "input"
+            found[root] = max(found.get(root, 0), 8 if first else wanted)
+    for tensor, origin in sites.origins.items():
+        if tensor in sites.activations:
+            root = sites.same_as.get(tensor, tensor)
+            found[root] = max(found.get(root, 0), 8) if origin.is_output else found.get(root, bits)
+    for key, wanted in named.items():
+        for weight in _named(sites, key, "quantize.layer_activation_bits"):
+            for tensor in sites.origins[layers[weight]].inputs:
+                found[sites.same_as.get(tensor, tensor)] = wanted
+    return found
+
+
+def _named(sites: Sites, key: str, where: str) -> list[str]:
+    hits = [name for name in sites.weights if name.startswith(key) or name.endswith(key)]
+    if not hits:
+        raise RecipeError(f"{where}: no weight is called '{key}'", f"there are: {', '.join(sites.weights)}")
+    return hits
 
 
 def insert(
@@ -288,7 +239,8 @@ def insert(
     damping: float = 0.0,
 ) -> fx.GraphModule:
     """A copy of `graph` with quantizers at all sites. A shared grid is one shared module. `largest`: the
-    largest code by weight, the scheme's where it is not told."""
+    largest code by weight, the scheme's where it is not told. Zero points are learnt where the scheme says
+    so and the grid has room below zero."""
     made = copy.deepcopy(fx.GraphModule(graph, _copy(graph.graph)))
     codes = largest or {}
     nodes = {node.name: node for node in made.graph.nodes}
@@ -296,7 +248,8 @@ def insert(
         root = sites.same_as.get(name, name)
         module = f"activation_{root}"
         if not hasattr(made, module):
-            made.add_submodule(module, ActivationQuantizer(grids[root]))
+            learnt = scheme.learn_offsets and grids[root].zero_point > grids[root].qmin
+            made.add_submodule(module, ActivationQuantizer(grids[root], learnt))
         producer = nodes[name]
         readers = [nodes[c] for c in consumers]
         with made.graph.inserting_after(producer):
@@ -340,7 +293,7 @@ def parameters_of(quantized: fx.GraphModule, sites: Sites) -> QuantizedParameter
     tensors = {
         name: value.detach().numpy().copy()
         for name, value in quantized.named_parameters()
-        if not name.endswith("log_scale")
+        if not isinstance(quantized.get_submodule(name.rpartition(".")[0]), _QUANTIZERS)
     }
     scales, bounds = {}, {}
     for name in sites.weights:

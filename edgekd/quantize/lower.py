@@ -109,7 +109,8 @@ def _quantize_activations(
             for position, read in enumerate(reader.input):
                 if read == tensor and not reader.name.startswith(f"{tensor}_"):
                     reader.input[position] = dequantized
-        add_pair(graph, source, dequantized, grid, signed)
+        # What TensorRT reads, int8 around zero, has its clip in front.
+        add_pair(graph, source, dequantized, grid, signed, not (signed and grid.zero_point == 0))
     return len(sites.activations)
 
 

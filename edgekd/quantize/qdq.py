@@ -15,17 +15,39 @@ from edgekd.errors import ParityError
 from edgekd.quantize.scheme import Grid
 
 
-def add_pair(graph: onnx.GraphProto, source: str, dequantized: str, grid: Grid, signed: bool) -> None:
-    """``source`` -> Q -> DQ -> ``dequantized`` on one grid."""
+def add_pair(
+    graph: onnx.GraphProto, source: str, dequantized: str, grid: Grid, signed: bool, clip_codes: bool = True
+) -> None:
+    """``source`` -> Q -> DQ -> ``dequantized`` on one grid. Q clips to its 8-bit type; a narrower grid needs
+    a Clip: of the codes behind Q, which leaves integer kernels around it, or of the values in front, which
+    TensorRT reads."""
     scale, zero, code = f"{source}_scale", f"{source}_zero_point", f"{source}_quantized"
     kind = TensorProto.INT8 if signed else TensorProto.UINT8
     graph.initializer.append(numpy_helper.from_array(np.array(grid.scale, np.float32), scale))
     graph.initializer.append(helper.make_tensor(zero, kind, [], [grid.zero_point]))
+    given, read = source, code
+    if grid.narrow:
+        ends, low, high = [f"{source}_least", f"{source}_most"], grid.qmin, grid.qmax
+        if clip_codes:
+            read = f"{source}_clipped"
+            bounds = [
+                helper.make_tensor(end, kind, [], [value])
+                for end, value in zip(ends, (low, high), strict=True)
+            ]
+        else:
+            given = f"{source}_clipped"
+            real = [np.float32(grid.scale) * np.float32(value - grid.zero_point) for value in (low, high)]
+            bounds = [
+                numpy_helper.from_array(np.array(value), end) for end, value in zip(ends, real, strict=True)
+            ]
+        graph.initializer.extend(bounds)
+        clipped = (code, read) if clip_codes else (source, given)
+        graph.node.append(helper.make_node("Clip", [clipped[0], *ends], [clipped[1]], f"{source}_Clip"))
     graph.node.append(
-        helper.make_node("QuantizeLinear", [source, scale, zero], [code], f"{source}_QuantizeLinear")
+        helper.make_node("QuantizeLinear", [given, scale, zero], [code], f"{source}_QuantizeLinear")
     )
     graph.node.append(
-        helper.make_node("DequantizeLinear", [code, scale, zero], [dequantized], f"{source}_DequantizeLinear")
+        helper.make_node("DequantizeLinear", [read, scale, zero], [dequantized], f"{source}_DequantizeLinear")
     )
 
 

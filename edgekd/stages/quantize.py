@@ -15,16 +15,19 @@ from torch import fx
 from edgekd.errors import StorageError
 from edgekd.files import sha256_json, write_atomic, write_bytes
 from edgekd.plan import Plan, probe
+from edgekd.quantize.bias import correct_biases
 from edgekd.quantize.fakequant import (
     Origin,
     QuantizedParameters,
     Sites,
+    activation_bits,
     calibrate,
     find_sites,
     insert,
     largest_codes,
     parameters_of,
 )
+from edgekd.quantize.quantizers import freeze_after
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
 from edgekd.quantize.sensitivity import Sensitivity
 from edgekd.quantize.spare import sensitivity_of, spare_layers
@@ -52,75 +55,102 @@ class _Candidate:
     sites: Sites
 
 
+class _Tries:
+    """The candidates of one student and how they are judged."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench, self._recipe, self._graph = bench, bench.recipe.quantize, bench.captured
+        recipe, graph = self._recipe, self._graph
+        self.scheme = scheme_for(bench.run.target, recipe.learn_offsets)
+        self.sites = find_sites(graph, self.scheme)
+        self.inputs, self.labels = bench.selection
+        self._exact = evaluate(graph, self.inputs)
+        allowed = bench.recipe.gate.max_quantization_drop_points / 100
+        self._limit = accuracy(self._exact.numpy(), self.labels.numpy()) - allowed
+        self._batches = _calibration_batches(bench)
+        self.bits = activation_bits(self.sites, recipe.activation_bits, recipe.layer_activation_bits)
+        self._grids = calibrate(graph, self.sites, self._batches, self.scheme, recipe.calibrator, self.bits)
+        self._largest = largest_codes(graph, self.sites, self.scheme, recipe.weight_bits, recipe.layer_bits)
+        first = insert(graph, self.sites, self._grids, self.scheme, self._largest, recipe.damping)
+        self.made = [self._judge("ptq", first, self.sites)]
+
+    def _judge(self, name: str, quantized: fx.GraphModule, sites: Sites) -> _Candidate:
+        logits = evaluate(quantized, self.inputs)
+        right = accuracy(logits.numpy(), self.labels.numpy())
+        return _Candidate(name, quantized, right, float((logits - self._exact).square().mean()), sites)
+
+    def train(self) -> list[dict[str, float]]:
+        """Add the candidate that is trained; returns a row an epoch."""
+        trained = copy.deepcopy(self.made[0].graph)
+        history = _train(self._bench, trained)
+        self.made.append(self._judge("qat", trained, self.sites))
+        return history
+
+    def correct(self) -> None:
+        """Add each candidate with its biases corrected."""
+        for made in tuple(self.made):
+            moved = copy.deepcopy(made.graph)
+            correct_biases(moved, self._graph, self._batches[0])
+            self.made.append(self._judge(f"{made.name}, biases corrected", moved, made.sites))
+
+    def spare(self) -> tuple[Sensitivity, ...]:
+        """Where every candidate misses the limit, add the one with the fewest layers in float that does not.
+        Returns what each layer alone in float heals; nothing where nothing is missed or asked for."""
+        missed = all(candidate.right < self._limit for candidate in self.made)
+        if not missed and not self._recipe.sensitivity:
+            return ()
+
+        def mixed(sites: Sites) -> _Candidate:
+            made = insert(self._graph, sites, self._grids, self.scheme, self._largest)
+            return self._judge("mixed", made, sites)
+
+        step = self._bench.run.reporter.step
+        healed = sensitivity_of(self.sites, lambda sites: mixed(sites).distance, step)
+        spared = None
+        if missed:
+            spared = spare_layers(self.sites, healed, lambda sites: mixed(sites).right >= self._limit)
+        if spared is not None:
+            self.made.append(mixed(spared))
+        return healed
+
+
 def run(bench: Bench) -> dict[str, Any]:
     """Metric `quantize`; leaves ``4-quantized.safetensors`` with trained values, scales and grids."""
-    mode = quantize_mode(bench)
+    mode, recipe = quantize_mode(bench), bench.recipe.quantize
     path = bench.run.folder / FILE
     if mode == "none":
-        reason = (
-            "asked for"
-            if bench.recipe.quantize.mode == "none"
-            else f"the card: {bench.run.target.quant.source}"
-        )
+        reason = "asked for" if recipe.mode == "none" else f"the card: {bench.run.target.quant.source}"
         write_bytes(path, b"")
         return {
             "quantize": {"mode": "none", "chosen": "none", "reason": reason, "dialect": "none", "history": []}
         }
-    scheme = scheme_for(bench.run.target)
-    graph = bench.captured
-    sites = find_sites(graph, scheme)
-    inputs, labels = bench.selection
-    exact = evaluate(graph, inputs)
-
-    def judge(name: str, quantized: fx.GraphModule, places: Sites = sites) -> _Candidate:
-        logits = evaluate(quantized, inputs)
-        right = accuracy(logits.numpy(), labels.numpy())
-        return _Candidate(name, quantized, right, float((logits - exact).square().mean()), places)
-
-    grids = calibrate(graph, sites, _calibration_batches(bench), scheme, bench.recipe.quantize.calibrator)
-    recipe = bench.recipe.quantize
-    largest = largest_codes(graph, sites, scheme, recipe.weight_bits, recipe.layer_bits)
-    candidates = [judge("ptq", insert(graph, sites, grids, scheme, largest, recipe.damping))]
-    history: list[dict[str, float]] = []
-    if mode == "qat":
-        trained = copy.deepcopy(candidates[0].graph)
-        history = _train(bench, trained)
-        candidates.append(judge("qat", trained))
-    limit = accuracy(exact.numpy(), labels.numpy()) - bench.recipe.gate.max_quantization_drop_points / 100
-    missed = all(candidate.right < limit for candidate in candidates)
-    healed: tuple[Sensitivity, ...] = ()
-    if missed or recipe.sensitivity:
-
-        def made_for(places: Sites) -> _Candidate:
-            return judge("mixed", insert(graph, places, grids, scheme, largest), places)
-
-        healed = sensitivity_of(sites, lambda places: made_for(places).distance, bench.run.reporter.step)
-    if missed:
-        spared = spare_layers(sites, healed, lambda places: made_for(places).right >= limit)
-        if spared is not None:
-            candidates.append(made_for(spared))
-    chosen = max(candidates, key=lambda c: (c.right, -c.distance))
-    reason = ", ".join(f"{c.name} {100 * c.right:.2f} %" for c in candidates)
-    _save(path, parameters_of(chosen.graph, chosen.sites), chosen.sites, scheme)
+    tries = _Tries(bench)
+    note = _narrow_note(bench, tries.bits)
+    history = tries.train() if mode == "qat" else []
+    if recipe.correct_biases:
+        tries.correct()
+    healed = tries.spare()
+    chosen = max(tries.made, key=lambda c: (c.right, -c.distance))
+    reason = ", ".join(f"{c.name} {100 * c.right:.2f} %" for c in tries.made)
+    _save(path, parameters_of(chosen.graph, chosen.sites), chosen.sites, tries.scheme)
     logits = evaluate(chosen.graph, bench.validation_inputs).numpy()
-    right = accuracy(logits, bench.data.validation_labels)
-    bench.run.reporter.say(
-        f"  {chosen.name} kept ({reason} of {len(labels)} held-out images): {100 * right:.2f} %"
-    )
-    by_name = {c.name: c.right for c in candidates}
+    right, count = accuracy(logits, bench.data.validation_labels), len(tries.labels)
+    bench.run.reporter.say(f"  {chosen.name} kept ({reason} of {count} held-out images): {100 * right:.2f} %")
+    by_name = {c.name: c.right for c in tries.made}
+    method = quantized_phase(bench.recipe, bench.trainings[-1]).recipe.method if mode == "qat" else None
     return {
         "quantize": {
             "mode": mode,
             "chosen": chosen.name,
-            "reason": f"higher accuracy on {len(labels)} held-out training images: {reason}",
-            "dialect": scheme.dialect,
-            "float_layers": [name for name in sites.weights if name not in chosen.sites.weights],
+            "reason": f"higher accuracy on {count} held-out training images: {reason}",
+            "dialect": tries.scheme.dialect,
+            "float_layers": [name for name in tries.sites.weights if name not in chosen.sites.weights],
             "sensitivity": {row.name: row.damage for row in healed},
             "weight_bits": recipe.weight_bits,
+            "activation_bits": min(tries.bits.values()),
+            "activation_note": note,
             "calibrator": recipe.calibrator,
-            "method": quantized_phase(bench.recipe, bench.trainings[-1]).recipe.method
-            if mode == "qat"
-            else None,
+            "method": method,
             "accuracy": right,
             "fidelity": bench.fidelity(logits),
             "ptq_selection_accuracy": by_name["ptq"],
@@ -128,6 +158,19 @@ def run(bench: Bench) -> dict[str, Any]:
             "history": history,
         }
     }
+
+
+def _narrow_note(bench: Bench, bits: dict[str, int]) -> str:
+    """How activations of fewer than 8 bits are shipped, and why so; empty where there are none."""
+    narrow = sorted({found for found in bits.values() if found < 8})
+    if not narrow:
+        return ""
+    note = (
+        f"activations of {' and '.join(map(str, narrow))} bits are kept in 8-bit containers with a clip and "
+        f"computed by int8 kernels, because {' and '.join(bench.run.target.runtime)} have no narrower ones"
+    )
+    bench.run.reporter.say(f"  {note}")
+    return note
 
 
 def _calibration_batches(bench: Bench) -> list[torch.Tensor]:
@@ -164,6 +207,7 @@ def _train(bench: Bench, graph: fx.GraphModule) -> list[dict[str, float]]:
         plan, _ = probe(graph, inputs, bench.recipe.threads, allow_bfloat16=False)
     images = to_tensor(bench.training.images)
     views = Views(images, bench.spec.preprocessing, "none", 1, bench.recipe.seed)
+    freeze = bench.recipe.quantize.freeze_after
     phase = quantized_phase(bench.recipe, bench.trainings[-1])
     room = bench.room(phase, bench.teacher)
     lesson = prepare_graph(room, bench.student(), graph)
@@ -185,6 +229,7 @@ def _train(bench: Bench, graph: fx.GraphModule) -> list[dict[str, float]]:
             plan=plan,
             checkpoint=checkpoint,
             selection=bench.selection,
+            before_step=freeze_after(freeze) if freeze < 1 else None,
         ),
         bench.run.reporter.step,
     )

@@ -15,7 +15,8 @@ from edgekd.graph_taps import TappedGraph
 from edgekd.layout import Layout, find_layout
 from edgekd.nets import evaluate
 from edgekd.quantize.capture import capture
-from edgekd.quantize.fakequant import ActivationQuantizer, calibrate, find_sites, insert
+from edgekd.quantize.fakequant import calibrate, find_sites, insert
+from edgekd.quantize.quantizers import ActivationQuantizer
 from edgekd.quantize.scheme import QuantScheme
 from edgekd.recipe import load_recipe
 from edgekd.stages.curriculum import check_curriculum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +21,11 @@ from edgekd import export
 from edgekd.backends import backend
 from edgekd.errors import ParityError, RecipeError, UnsupportedModelError
 from edgekd.quantize import lower as lowering
+from edgekd.quantize.bias import correct_biases
 from edgekd.quantize.capture import capture
 from edgekd.quantize.fakequant import (
-    ActivationQuantizer,
     Sites,
-    WeightQuantizer,
+    activation_bits,
     calibrate,
     find_sites,
     insert,
@@ -34,6 +34,7 @@ from edgekd.quantize.fakequant import (
 )
 from edgekd.quantize.lower import lower
 from edgekd.quantize.qdq import add_pair
+from edgekd.quantize.quantizers import ActivationQuantizer, WeightQuantizer, freeze_after
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
 from edgekd.quantize.spare import sensitivity_of, spare_layers
 from edgekd.spec import ModelSpec, Preprocessing
@@ -442,10 +443,10 @@ def test_a_lost_pair_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     real = add_pair
     calls: list[str] = []
 
-    def forgetful(graph: onnx.GraphProto, source: str, dequantized: str, grid: Grid, signed: bool) -> None:
+    def forgetful(graph: onnx.GraphProto, source: str, dequantized: str, *how: Any) -> None:
         calls.append(source)
         if len(calls) != 2:
-            real(graph, source, dequantized, grid, signed)
+            real(graph, source, dequantized, *how)
         else:
             graph.node.append(onnx.helper.make_node("Identity", [source], [dequantized]))
 
@@ -596,3 +597,101 @@ def test_the_layer_that_breaks_is_found_spared_and_float_in_the_file(tmp_path: P
     np.testing.assert_allclose(
         run_onnx(model_onnx, tmp_path / "q.onnx"), evaluate(model, inputs()).numpy(), atol=4e-3
     )
+
+
+# ---------------------------------------------------------------- fewer bits of activations, learnt offsets
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [6, 4])
+@pytest.mark.parametrize("name", ["symmetric", "relu from zero"])
+def test_narrow_activations_compute_the_same_in_their_8_bit_file(
+    case: Case, tmp_path: Path, name: str, bits: int, kind: str
+) -> None:
+    scheme = SCHEMES[name]
+    sites = find_sites(case.graph, scheme)
+    wanted = activation_bits(sites, bits, {})
+    grids = calibrate(case.graph, sites, [inputs(64)], scheme, "mse", wanted)
+    graph = insert(case.graph, sites, grids, scheme).eval()
+    narrow = [grid for grid in grids.values() if grid.narrow]
+    assert narrow and all(grid.qmax - grid.qmin + 1 == 2**bits for grid in narrow)
+    split = scheme.symmetric and kind == "uint8"
+    model = lower(case.onnx, parameters_of(graph, sites), sites, kind, split_relu=split)  # type: ignore[arg-type]
+    assert sum(node.op_type == "Clip" for node in model.graph.node) == len(narrow)
+    codes = model.graph.initializer
+    if scheme.symmetric and kind == "int8":  # what TensorRT reads: zero points of 0
+        zeros = [numpy_helper.to_array(t) for t in codes if t.name.endswith("_zero_point")]
+        assert all(not zero.any() for zero in zeros)
+    # A value on the edge of two codes may round either way: seldom, and then by one coarse step.
+    difference = np.abs(run_onnx(model, tmp_path / "q.onnx") - evaluate(graph, inputs()).numpy())
+    assert np.median(difference) < 1e-5 and (difference > 1e-3).mean() < 0.03
+
+
+def test_a_tensor_has_the_most_bits_that_its_readers_ask_for(case: Case) -> None:
+    sites = find_sites(case.graph, SCHEMES["relu from zero"])
+    bits = activation_bits(sites, 4, {})
+    roots = [name for name in sites.activations if name not in sites.same_as]
+    first, *_ = roots
+    assert set(bits) == set(roots) and bits[first] == 8  # the image
+    assert min(bits.values()) == 4
+    last = sites.origins[next(n for n, o in sites.origins.items() if "classifier.weight" in o.parameters)]
+    assert [bits[sites.same_as.get(name, name)] for name in last.inputs] == [8]
+    named = activation_bits(sites, 8, {"body.0": 6})
+    assert sorted(set(named.values())) == [6, 8]
+    with pytest.raises(RecipeError, match=r"layer_activation_bits: no weight is called 'bodi'"):
+        activation_bits(sites, 8, {"bodi": 4})
+
+
+def test_an_offset_is_learnt_where_values_are_negative_and_lowers_what_rounding_costs() -> None:
+    values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.4
+    scheme = replace(SCHEMES["relu from zero"], learn_offsets=True)
+    grid = scheme.grid(-4.0, 4.0, 4)
+    quantizer = ActivationQuantizer(grid, learn_offset=True).train()
+    optimizer = torch.optim.Adam(quantizer.parameters(), 0.02)
+    for _ in range(150):
+        loss = (quantizer(values) - values).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learnt, fixed = quantizer.grid(), ActivationQuantizer(grid).train()
+    assert learnt.zero_point < grid.zero_point and learnt.qmin <= learnt.zero_point <= learnt.qmax
+    optimizer = torch.optim.Adam([fixed.log_scale], 0.02)
+    for _ in range(150):
+        other = (fixed(values) - values).square().mean()
+        optimizer.zero_grad()
+        other.backward()
+        optimizer.step()
+    assert fixed.grid().zero_point == grid.zero_point
+    with torch.no_grad():
+        cost, alone = ((made.eval()(values) - values).square().mean() for made in (quantizer, fixed))
+    assert cost < 0.8 * alone
+
+
+def test_offsets_cannot_be_learnt_where_zero_points_are_zero() -> None:
+    with pytest.raises(RecipeError, match="learn_offsets: the dialect 'trt-s8sym'"):
+        scheme_for(find_target("jetson"), learn_offsets=True)
+
+
+def test_from_the_share_on_only_weights_move(case: Case) -> None:
+    graph, _ = quantized(case, SCHEMES["relu from zero"])
+    freeze_after(0.5)(graph, 0.49)
+    assert all(p.requires_grad for n, p in graph.named_parameters() if n.endswith("log_scale"))
+    freeze_after(0.5)(graph, 0.5)
+    still = {name for name, p in graph.named_parameters() if not p.requires_grad}
+    assert {n for n, _ in graph.named_parameters() if n.endswith("log_scale")} <= still
+    assert "classifier.weight" not in still
+
+
+def test_corrected_biases_restore_the_channels_means(case: Case) -> None:
+    scheme = SCHEMES["relu from zero"]
+    sites = find_sites(case.graph, scheme)
+    grids = calibrate(case.graph, sites, [inputs(64)], scheme, "min-max")
+    made = insert(case.graph, sites, grids, scheme, largest_codes(case.graph, sites, scheme, 3, {}))
+
+    def error(graph: fx.GraphModule) -> float:
+        return float((evaluate(graph, inputs()).mean(0) - evaluate(case.graph, inputs()).mean(0)).abs().max())
+
+    before, weight = error(made), made.get_parameter("body.0.weight").clone()
+    correct_biases(made, case.graph, inputs(128))
+    assert error(made) < 0.5 * before
+    assert torch.equal(weight, made.get_parameter("body.0.weight"))
