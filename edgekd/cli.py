@@ -65,6 +65,9 @@ def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, help="Seed of all random choices."),
         click.option("--threads", type=int, help="Training threads; 0 measures and takes the faster number."),
         click.option(
+            "--executor", metavar="local[:N]|dask://HOST:PORT", help="Who scores students, or runs a sweep's."
+        ),
+        click.option(
             "--recipe", "recipe_file", type=click.Path(path_type=Path), help="TOML file (docs/recipe.md)."
         ),
         click.option(
@@ -88,7 +91,7 @@ def _recipe(given: dict[str, Any]) -> Any:
         "image_size": "data.image_size", "skip_bad": "data.skip_bad", "method": "distill.method",
         "max_latency_ms": "budget.max_latency_ms", "max_size_mib": "budget.max_size_mib",
         "max_drop": "budget.max_drop_points",
-        "quantize_mode": "quantize.mode", "seed": "seed", "threads": "threads",
+        "quantize_mode": "quantize.mode", "seed": "seed", "threads": "threads", "executor": "executor",
     }  # fmt: skip
     overrides = {key: given[name] for name, key in keys.items() if given[name] is not None}
     for name in ("mean", "std"):
@@ -158,6 +161,7 @@ def sweep(targets: str, **given: Any) -> None:
     \b
     Example: edgekd sweep --targets jetson,rpi5,x86 --teacher my.models:build --weights t.safetensors \\
                --data images/ --out runs/all
+    Side by side: --executor local:2, or --executor dask://HOST:8786 (docs/scale-out.md)
     Exit: the worst verdict's, or that of the first target that failed with an error
     """
     from edgekd.checks import worst

@@ -110,7 +110,7 @@ class DeviceMemoryError(EdgekdError):
 
 
 class DeviceError(EdgekdError):
-    """A remote device cannot be reached, refuses, is full, or was lost."""
+    """A remote device or a cluster cannot be reached, refuses, is full, or was lost."""
 
     exit_code = 23
 

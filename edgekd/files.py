@@ -89,10 +89,19 @@ def append_line(path: Path, value: object) -> None:
     Raises:
         StorageError: the folder is read-only or the disk is full.
     """
+    append_text(path, msgspec.json.encode(value).decode() + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a text file, in UTF-8.
+
+    Raises:
+        StorageError: the folder is read-only or the disk is full.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(msgspec.json.encode(value) + b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}", "choose a writable folder: --out FOLDER"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edgekd.errors import RecipeError
+from edgekd.executor import PATTERN
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -68,8 +69,8 @@ class BudgetRecipe(_Strict, frozen=True):
 
 class SearchRecipe(_Strict, frozen=True):
     """`student`: empty to search one; ``package.module:factory`` or a ``2-student.json`` to bring one.
-    `processes` that score students, or the address of a Dask `cluster` that does. `refine`: distil
-    `refine_candidates` for `refine_epochs`, then `refine_finalists` in full, and take the best."""
+    `refine`: distil `refine_candidates` for `refine_epochs`, then `refine_finalists` in full, and take the
+    best."""
 
     student: str = ""
     space: str = "mobile-cnn"
@@ -79,8 +80,6 @@ class SearchRecipe(_Strict, frozen=True):
     population: Annotated[int, msgspec.Meta(ge=4)] = 24
     batch_size: Annotated[int, msgspec.Meta(ge=8)] = 64
     algorithm: Literal["nsga2", "aging"] = "nsga2"
-    processes: _Count = 1
-    cluster: str = ""
     refine: bool = False
     refine_candidates: Annotated[int, msgspec.Meta(ge=2)] = 16
     refine_epochs: _Count = 4
@@ -173,12 +172,14 @@ class GateRecipe(_Strict, frozen=True):
 
 
 class Recipe(_Strict, frozen=True):
-    """A whole run. Decoded strictly from TOML: an unknown key is an error."""
+    """A whole run. Decoded strictly from TOML: an unknown key is an error. `executor`: where students are
+    scored, see `edgekd.executor`; it changes no result."""
 
     target: str = "jetson"
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: measure at the start and keep the faster number
     device: Literal["fastest", "cuda", "cpu"] = "fastest"  # of training: a CUDA device where there is one
+    executor: Annotated[str, msgspec.Meta(pattern=PATTERN)] = "local"
     teacher: TeacherRecipe = TeacherRecipe()
     data: DataRecipe = DataRecipe()
     budget: BudgetRecipe = BudgetRecipe()

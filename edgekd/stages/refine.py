@@ -29,9 +29,9 @@ from edgekd.shortlist import fit_ridge, shortlist, spread_of
 from edgekd.stages.bench import Bench
 from edgekd.stages.curriculum import SUGGEST, Phase
 from edgekd.stages.lesson import prepare, teacher_for
+from edgekd.stages.scorer import Scorer, Terms
 from edgekd.stages.student import Blueprint
 from edgekd.stages.training import Taught, stage_of, train
-from edgekd.stages.workers import Scorer, Terms
 from edgekd.tasks.classification import normalise, to_tensor
 from edgekd.train import evaluate, fit
 from edgekd.views import CachedTeacher, Views

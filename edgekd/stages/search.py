@@ -16,6 +16,7 @@ from edgekd.black_box import cut_out
 from edgekd.blocks import deployed
 from edgekd.cost import CostModel, cost_model
 from edgekd.errors import BackendError, MissingExtraError
+from edgekd.executor import Workers
 from edgekd.files import sha256_json, write_json
 from edgekd.nets import Outputs, count_parameters, layer_shapes, tapped_forward
 from edgekd.probing import randomised, untouched
@@ -23,7 +24,7 @@ from edgekd.proxies import check_teacher, proxy
 from edgekd.search import Candidate, Effort, Found, Genome, Limits, search
 from edgekd.stages.bench import Bench
 from edgekd.stages.refine import refine
-from edgekd.stages.workers import Scorer, Workers
+from edgekd.stages.scorer import OneThread, Scorer
 from edgekd.tasks.classification import normalise, to_tensor
 from edgekd.teacher import run_in_batches
 
@@ -177,23 +178,30 @@ class _Evaluator:
     """Genomes to candidates. Costs come first; only a student within the budget is built and scored."""
 
     def __init__(self, bench: Bench, model: CostModel, limits: Limits) -> None:
-        recipe = bench.recipe.search
         self._space, self._model, self._limits = bench.space, model, limits
+        self._say = bench.run.reporter.say
         self.scorer = _scorer(bench)
-        self.workers = Workers(self.scorer, recipe.processes, recipe.cluster, bench.run.reporter.say)
+        self.workers = Workers(bench.recipe.executor)
         self._path = bench.run.folder / "checkpoints" / "search.jsonl"
         self._known = _stored(self._path, bench)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
 
     def __call__(self, genomes: Sequence[Genome]) -> list[Candidate]:
-        new = [self._costs(genome) for genome in genomes if json.dumps(genome) not in self._known]
-        within = [candidate.genome for candidate in new if not candidate.excess(self._limits)]
-        scores = self.workers(within)
-        for candidate in new:
-            if not candidate.excess(self._limits):
-                candidate.terms.update(next(scores))
-            self._keep(candidate)
+        within: dict[Genome, Candidate] = {}
+        for genome in genomes:
+            if json.dumps(genome) not in self._known:
+                candidate = self._costs(genome)
+                if candidate.excess(self._limits):
+                    self._keep(candidate)
+                else:
+                    within[genome] = candidate
+        score = self.scorer if self.workers.here else OneThread(self.scorer)
+        for genome, terms in self.workers.run(score, within):
+            if terms is None:
+                self._say(f"  a worker died while scoring {list(genome)}: the student is left out")
+            within[genome].terms.update(terms or {})
+            self._keep(within[genome])
         return [self._known[json.dumps(genome)] for genome in genomes]
 
     def _keep(self, candidate: Candidate) -> None:
@@ -254,7 +262,7 @@ def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
 def _search_key(bench: Bench) -> str:
     """Costs and scores belong to one teacher, device and budget: beyond its limits nothing was scored."""
     recipe, before = bench.run.record["recipe"], bench.run.record["stages"]["teacher"]
-    later = ("processes", "cluster", "refine", "refine_candidates", "refine_epochs", "refine_finalists")
+    later = ("refine", "refine_candidates", "refine_epochs", "refine_finalists")
     how = {key: value for key, value in recipe["search"].items() if key not in later}
     parts = [recipe["seed"], how, recipe["budget"], recipe["quantize"]["mode"]]
     return sha256_json([before["inputs_sha256"], before["outputs_sha256"], parts, bench.run.target])

@@ -37,8 +37,8 @@ from edgekd.recipe import load_recipe
 from edgekd.run import Run, Silent
 from edgekd.search import Genome
 from edgekd.stages.bench import Bench
+from edgekd.stages.scorer import Scorer
 from edgekd.stages.search import budget_limits, executed_precision, scoring_batch, teacher_outputs
-from edgekd.stages.workers import Scorer
 from edgekd.target import find_target
 
 
@@ -164,8 +164,8 @@ def searched(evaluations: int, processes: int, score: str) -> dict[str, object]:
     """A whole `edgekd search` in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "edgekd", "search", "--target", "jetson", "--out", folder, "--json"]
-        settings = {"evaluations": evaluations, "processes": processes, "score": score}
-        for key, value in settings.items():
+        words += ["--executor", f"local:{processes}"]
+        for key, value in {"evaluations": evaluations, "score": score}.items():
             words += ["--set", f"search.{key}={value}"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         begin = time.perf_counter()

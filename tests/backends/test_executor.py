@@ -1,0 +1,150 @@
+"""Spread work has the result that one process has; a process that dies costs at most the work it dies of."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgekd import executor
+from edgekd.errors import DeviceError, MissingExtraError, UsageError
+from edgekd.executor import Workers, dask_client
+from edgekd.nets import Outputs
+from edgekd.spaces import search_space
+from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.stages.scorer import OneThread, Scorer
+
+from .spread_work import Deadly, resources
+
+pytestmark = [pytest.mark.backends, pytest.mark.slow]
+LOOPBACK: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}  # any free port
+GENOMES = [(0, 0, 0), (1, 0, 2), (3, 3, 3), (2, 1, 0)]
+
+
+def scorer() -> Scorer:
+    spec = ModelSpec(Preprocessing(16, 16, "grey", (0.0,), (1.0,)), ("a", "b", "c"))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(8, 1, 16, 16, generator=generator)
+    teacher = Outputs(torch.randn(8, 3), torch.randn(8, 20), torch.randn(8, 20, 4, 4))
+    labels = torch.arange(8) % 3
+    return Scorer(search_space("cifar-resnet", spec, 8, (3,)), "diswot", inputs, labels, teacher, 3, 0)
+
+
+@contextmanager
+def running_cluster() -> Iterator[str]:
+    """Two worker processes on loopback, one of them on a device. A task is given up when its worker dies."""
+    dask, distributed = pytest.importorskip("dask"), pytest.importorskip("distributed")
+    alone = {"nthreads": 1, "host": "127.0.0.1"}
+    made = {
+        0: {"cls": distributed.Nanny, "options": alone | {"resources": {"rpi5": 1}}},
+        1: {"cls": distributed.Nanny, "options": alone},
+    }
+    scheduler = {"cls": distributed.Scheduler, "options": LOOPBACK}
+    once = dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    with once, distributed.SpecCluster(workers=made, scheduler=scheduler) as running:
+        yield "dask://" + running.scheduler_address.removeprefix("tcp://")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    with running_cluster() as address:
+        yield address
+
+
+@pytest.fixture(params=["local:2", "dask"])
+def spread(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue("cluster") if request.param == "dask" else request.param)
+
+
+@pytest.fixture(params=["local:2", "dask"])
+def mortal(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Processes of a test alone: a nanny does not start a worker again that dies while it starts."""
+    with nullcontext("local:2") if request.param == "local:2" else running_cluster() as address:
+        yield address
+
+
+def test_scores_are_those_of_one_process(spread: str) -> None:
+    score = scorer()
+    alone = {genome: score(genome) for genome in GENOMES}
+    with Workers(spread) as workers:
+        assert dict(workers.run(OneThread(score), GENOMES)) == alone
+        assert dict(workers.run(OneThread(score), GENOMES[:1])) == {GENOMES[0]: alone[GENOMES[0]]}
+    assert all(terms.keys() == {"relation", "semantic"} for terms in alone.values())
+
+
+def test_work_that_kills_its_process_has_no_result_and_the_rest_has(mortal: str) -> None:
+    with Workers(mortal) as workers:
+        found = dict(workers.run(Deadly(GENOMES[1]), GENOMES))
+    assert found == {genome: None if genome == GENOMES[1] else sum(genome) for genome in GENOMES}
+
+
+def test_a_process_that_is_killed_by_chance_costs_nothing(mortal: str, tmp_path: Path) -> None:
+    with Workers(mortal) as workers:
+        found = dict(workers.run(Deadly(GENOMES[1], str(tmp_path / "died")), GENOMES))
+    assert found == {genome: sum(genome) for genome in GENOMES}
+
+
+def test_an_outcome_makes_further_work_possible(spread: str) -> None:
+    def then(item: tuple[int, ...], made: int | None) -> list[tuple[int, ...]]:
+        return [(made + 1,)] if made is not None and made < 3 else []
+
+    for place in ("local", spread):
+        with Workers(place) as workers:
+            first: list[tuple[int, ...]] = [(0,), (7,)]
+            found = dict(workers.run(sum, first, then=then))
+        assert found == {(0,): 0, (1,): 1, (2,): 2, (3,): 3, (7,): 7}
+
+
+def test_an_error_of_the_work_is_the_callers(spread: str) -> None:
+    with Workers(spread) as workers, pytest.raises(UsageError, match="expected local") as caught:
+        list(workers.run(executor.scheduler_of, ["nowhere"]))
+    assert "--executor local:4" in caught.value.hint
+
+
+def test_work_for_a_device_runs_on_it(cluster: str) -> None:
+    with Workers(cluster) as workers:
+        found = [had for _, had in workers.run(resources, range(6), needs=lambda _: "rpi5")]
+        assert found == [{"rpi5": 1}] * 6
+        assert workers.devices() == ["rpi5"]
+    assert Workers("local:2").devices() == []
+
+
+def test_a_device_that_no_worker_has_left_is_an_error(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "_LOOK_S", 0.1)
+    with Workers(cluster) as workers, pytest.raises(DeviceError, match="no worker left") as caught:
+        list(workers.run(sum, [(1,)], needs=lambda _: "jetson"))
+    assert caught.value.exit_code == 23
+
+
+def test_without_scheduler_workers_or_package_the_error_says_what_to_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(executor, "_CONNECT_S", 1)
+    with pytest.raises(DeviceError, match=r"no Dask scheduler answers at 127\.0\.0\.1:1") as caught:
+        dask_client("127.0.0.1:1")
+    assert "dask scheduler" in caught.value.hint
+    none = distributed.LocalCluster(n_workers=0, **LOOPBACK)
+    with none, pytest.raises(DeviceError, match="has no workers"):
+        dask_client(none.scheduler_address.removeprefix("tcp://"))
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(MissingExtraError) as missing:
+        dask_client("localhost:1")
+    assert "edgekd[dask]" in missing.value.hint
+
+
+def test_workers_of_another_version_are_refused(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "__version__", "9.9")
+    with pytest.raises(DeviceError, match=r"2 of 2 Dask workers lack edgekd 9\.9"):
+        dask_client(cluster.removeprefix("dask://"))
+
+
+def test_a_score_that_is_not_finite_is_none() -> None:
+    broken = scorer()
+    object.__setattr__(broken, "inputs", torch.full((8, 1, 16, 16), torch.nan))
+    assert broken(GENOMES[0]) == {}
