@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from edgekd import __version__, labelling, listings, quantizing, scoring
+from edgekd.checking import check
 from edgekd.console import Console
 from edgekd.embed.command import embed
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError
@@ -298,6 +299,7 @@ def report(run: Path, other: Path | None, out: Path | None) -> None:
 
 
 for _command in (
+    check,
     embed,
     gate,
     labelling.select,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from edgekd.backends import backend
 from edgekd.errors import MissingExtraError, StorageError
-from edgekd.files import read_json, sha256_json, write_json
+from edgekd.files import cache_folder, read_json, sha256_json, write_json
 from edgekd.layer_files import codes_of, input_of, one_layer
 from edgekd.spec import LayerShape
 from edgekd.target import Compute, Quantity, Target, is_this_machine
@@ -174,7 +173,7 @@ class LayerTable:
             "threads": 1,
             "precision": precision,
         }
-        self._path = _cache_folder() / f"layers-{sha256_json(header)[:16]}.json"
+        self._path = cache_folder() / f"layers-{sha256_json(header)[:16]}.json"
         stored = _read_table(self._path, header)
         self._header, self._entries, self._added = header, stored, 0
         self.note = (
@@ -249,7 +248,7 @@ class Line:
 
 def calibrated_path(target: str, precision: str) -> Path:
     """Where `edgekd targets calibrate` leaves the table of a target."""
-    return _cache_folder() / f"calibrated-{target}-{precision}.json"
+    return cache_folder() / f"calibrated-{target}-{precision}.json"
 
 
 def layer_key(layer: LayerShape) -> str:
@@ -319,10 +318,6 @@ class CalibratedTable:
 
 
 _KEY = ("op", "channels_in", "channels_out", "kernel", "stride", "groups", "size_in", "relu")
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekd"
 
 
 def _read_table(path: Path, header: dict[str, Any]) -> dict[str, float]:

@@ -110,7 +110,7 @@ class DeviceMemoryError(EdgekdError):
 
 
 class DeviceError(EdgekdError):
-    """A remote device or a cluster cannot be reached, refuses, is full, or was lost."""
+    """A remote device or cluster cannot be reached, refuses, or was lost; an emulated one cannot be fetched."""
 
     exit_code = 23
 

@@ -26,6 +26,11 @@ def data_folder(name: str) -> Path:
     )
 
 
+def cache_folder() -> Path:
+    """What can be made again: ``~/.cache/edgekd``, or below ``XDG_CACHE_HOME``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgekd"
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

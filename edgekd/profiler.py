@@ -268,6 +268,28 @@ def time_layers(
     return _read(device.work(order, protocol.timeout_s))
 
 
+def check(
+    bundle: Path,
+    variant: str,
+    *,
+    answers: Path,
+    forced: bool = False,
+    protocol: Protocol,
+    device: Device = HERE,
+) -> dict[str, Any]:
+    """One variant of a bundle replayed in a fresh process; the result is that of `edgekd.worker.check`.
+
+    Args:
+        answers: the file for the graph that ONNX Runtime executes.
+        forced: try it where its conditions are not met too.
+
+    Raises:
+        As `run_session`.
+    """
+    order = _order("check", (), protocol) | {"bundle": str(bundle), "variant": variant, "forced": forced}
+    return _read(device.work(order | {"answers": str(answers)}, protocol.timeout_s))
+
+
 def _order(job: str, variants: Sequence[Variant], protocol: Protocol) -> dict[str, Any]:
     return {
         "job": job,
@@ -298,4 +320,11 @@ def _read(done: subprocess.CompletedProcess[bytes]) -> dict[str, Any]:
 
 def _ending(code: int) -> str:
     """A process's exit code in words."""
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    meaning = {
+        "SIGILL": "an instruction that this processor does not have",
+        "SIGKILL": "often for want of memory",
+    }
+    return f"signal {name}" + (f", {meaning[name]}" if name in meaning else "")

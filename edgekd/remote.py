@@ -55,7 +55,7 @@ _REFUSALS = (
     ("No space left on device", "its disk is full", "free some space on its disk"),
 )  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never an option of ssh
-_FILES = ("__init__.py", "errors.py", "worker.py")
+_FILES = ("__init__.py", "errors.py", "runtime.py", "worker.py")
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,11 @@ def pack(order: dict[str, Any], to: IO[bytes]) -> dict[str, str]:
         if key in order:
             names[name] = order[key]
             order = order | {key: name}
+    if "bundle" in order:
+        bundle = Path(order["bundle"])
+        files = (path for path in sorted(bundle.rglob("*")) if path.is_file())
+        names |= {f"bundle/{path.relative_to(bundle).as_posix()}": str(path) for path in files}
+        order = order | {"bundle": "bundle"}
     if "answers" in order:
         order = order | {"answers": "answers.npz"}
     with tarfile.open(fileobj=to, mode="w") as archive:

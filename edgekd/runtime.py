@@ -182,11 +182,9 @@ def _read(folder: Path, name: str, sha256: str) -> bytes:
 
 def _installed_version(runtime: str) -> str:
     """From the package's metadata where there is any: a wheel made for newer CPUs can die on import."""
-    from importlib import metadata  # slow to import
-
     try:
-        return metadata.version(runtime)
-    except metadata.PackageNotFoundError:
+        return str(importlib.import_module("importlib.metadata").version(runtime))  # slow to import
+    except ModuleNotFoundError:
         return str(importlib.import_module(runtime).__version__)
 
 
@@ -234,24 +232,27 @@ def _engine_problem(runtime: str, variant: object, forced: bool) -> str:
     return f"this onnxruntime has no {', '.join(sorted(lacking))}" if lacking else ""
 
 
-def _choose(manifest: object, forced: str | None) -> tuple[dict[str, Any], str, dict[str, str]]:
-    """(variant, runtime, why the others are not used): the first that runs here, or the forced one.
+def engine_for(variant: object, forced: bool = False) -> tuple[str, str]:
+    """(the runtime that runs a variant of a manifest here, ""), or ("", why none does)."""
+    problem = "" if forced else _machine_problem(variant)
+    for runtime in map(str, [] if problem else _get(variant, "runtime", list)):
+        if not (problem := _engine_problem(runtime, variant, forced)):
+            return runtime, ""
+    return "", problem or "no runtime is named"
 
-    Forcing skips the checks of the architecture, the CPU flags and the engine's version.
-    """
+
+def _choose(manifest: object, forced: str | None) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """(variant, runtime, why the others are not used); forcing skips architecture, CPU flags and version."""
     variants = {_get(variant, "id", str): variant for variant in _get(manifest, "variants", list)}
     if forced is not None and forced not in variants:
         raise BundleError(f"unknown variant '{forced}'; this bundle holds: {', '.join(variants)}")
     rejected: dict[str, str] = {}
     for name in variants if forced is None else [forced]:
-        problem = "" if forced else _machine_problem(variants[name])
-        for runtime in map(str, [] if problem else _get(variants[name], "runtime", list)):
-            if not (problem := _engine_problem(runtime, variants[name], forced is not None)):
-                unused = f"not tried, '{name}' is used"
-                return variants[name], runtime, {i: rejected.get(i, unused) for i in variants if i != name}
-        rejected[name] = problem or "no runtime is named"
-    listed = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
-    raise BundleError(f"no variant of this bundle runs here: {listed}")
+        runtime, rejected[name] = engine_for(variants[name], forced is not None)
+        if runtime:
+            unused = f"not tried, '{name}' is used"
+            return variants[name], runtime, {i: rejected.get(i, unused) for i in variants if i != name}
+    raise BundleError(f"no variant of this bundle runs here: {'; '.join(map(': '.join, rejected.items()))}")
 
 
 def _open_onnxruntime(data: bytes, variant: object, threads: int, names: list[str]) -> Callable[..., Any]:
@@ -312,8 +313,7 @@ class Model:
         return self._preprocess(as_images(images))
 
     def __call__(self, array: Floats) -> Floats:
-        """Logits of preprocessed float32 (N, C, H, W). Raises ValueError for another type or shape, and
-        BundleError when the engine fails."""
+        """Logits of preprocessed float32 (N, C, H, W); ValueError for others, BundleError of the engine."""
         shape, got = (self._preprocess.factors.shape[1], *self._preprocess.size), np.shape(array)
         if getattr(array, "dtype", None) != np.float32 or len(got) != 4 or got[1:] != shape:
             raise ValueError(f"expected a float32 array of shape (N, *{shape}), got {type(array)} {got}")

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import numpy as np
 from edgekd.backends import Array, Feeds, Session, backend, in_order, processor_name
 from edgekd.backends.feeds import Feed, random_feeds
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
-from edgekd.errors import BackendError, EdgekdError
+from edgekd.errors import BackendError, EdgekdError, MissingExtraError
+from edgekd.runtime import BundleError, engine_for, load
 
 _ISA = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
@@ -288,6 +290,41 @@ def evaluate(order: dict[str, Any]) -> dict[str, Any]:
     return {"answers": order["answers"]}
 
 
+def check(order: dict[str, Any]) -> dict[str, Any]:
+    """One variant of a bundle: the golden outputs replayed, and what the runtime makes of its graph.
+
+    ONNX Runtime's optimised graph goes into the file ``answers``, for what reads it may be missing here;
+    OpenVINO tells its layers itself. Of a variant that cannot run here only the ``reason`` is told;
+    ``forced`` tries it all the same.
+
+    Raises:
+        BackendError: the bundle or the runtime refuses it.
+    """
+    bundle, name = Path(order["bundle"]), order["variant"]
+    entry = next(
+        one for one in json.loads((bundle / "manifest.json").read_bytes())["variants"] if one["id"] == name
+    )
+    runtime, reason = engine_for(entry, order["forced"])
+    told = {"environment": environment(), "runtime": runtime, "reason": reason}
+    if reason:
+        return told
+    try:
+        told["golden"] = load(bundle, variant=name, threads=order["protocol"]["threads"]).selftest()
+    except BundleError as error:
+        raise BackendError(str(error)) from error
+    engine = backend(runtime)
+    told["version"] = engine.version()
+    if isinstance(engine, OnnxRuntimeBackend):
+        engine.optimise(bundle / entry["file"], Path(order["answers"]))
+        return told
+    hint = str(entry.get("openvino", {}).get("options", {}).get("INFERENCE_PRECISION_HINT", "f32"))
+    try:
+        layers = engine.coverage(bundle / entry["file"], precision=hint).layers
+        return told | {"layers": [asdict(layer) for layer in layers]}
+    except MissingExtraError as error:
+        return told | {"untold": error.message}
+
+
 def _feeds(order: dict[str, Any]) -> Feeds:
     """The inputs of one call: what the caller stored, or random values."""
     if order.get("stored"):
@@ -301,6 +338,9 @@ def _stored(path: str) -> dict[str, Any]:
         return {name: file[name] for name in file.files}
 
 
+_JOBS = {"measure": measure, "evaluate": evaluate, "layers": time_each, "check": check}
+
+
 def main() -> None:
     """Order on stdin, answer on stdout; what the runtimes print goes to stderr."""
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -308,9 +348,7 @@ def main() -> None:
     order = json.load(sys.stdin)
     answer: dict[str, Any]
     try:
-        answer = {
-            "result": {"measure": measure, "evaluate": evaluate, "layers": time_each}[order["job"]](order)
-        }
+        answer = {"result": _JOBS[order["job"]](order)}
     except EdgekdError as error:
         refusal = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         answer = {"refusal": refusal}

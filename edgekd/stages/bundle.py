@@ -19,9 +19,11 @@ from edgekd.stages.bench import Array, Bench
 from edgekd.stages.export import FOLDER
 from edgekd.stages.gate import shipped_plan
 from edgekd.stages.profile import plans_of
-from edgekd.stages.variants import Planned
+from edgekd.stages.variants import X86, Planned
+from edgekd.target import Target
 
 _GOLDEN_IMAGES = 8
+_INT8_SINCE = "1.23.0"  # ONNX Runtime 1.21.1 and 1.22.1 run these graphs in float (docs/check.md)
 # A rebuilt kernel may round a value to the neighbouring code; logits then move by some steps of their grid.
 _TOLERANCE = {"f32": 1e-3, "bf16": 0.25, "int8": 0.5}
 
@@ -96,6 +98,7 @@ def _variant(bench: Bench, plan: Planned, row: dict[str, Any]) -> VariantFile:
         runtime=(plan.backend,),
         quant=target.quant.dialect if plan.quantized else "none",
         precision="int8" if plan.quantized else plan.precision,
+        min_version=_least(plan, target),
         accuracy=row["accuracy"],
         arch=plan.arch,
         requires_cpu_flags=plan.requires_cpu_flags,
@@ -103,6 +106,14 @@ def _variant(bench: Bench, plan: Planned, row: dict[str, Any]) -> VariantFile:
         build_recipe=recipe,
         note=row["reason"],
     )
+
+
+def _least(plan: Planned, target: Target) -> dict[str, str]:
+    """The lowest version of an engine that runs a file as meant; a card speaks of its own processor only."""
+    if plan.quantized and plan.backend == "onnxruntime":
+        return {"onnxruntime": _INT8_SINCE}
+    needed = target.runtime[plan.backend].version_min if plan.backend in target.runtime else None
+    return {plan.backend: str(needed.value)} if needed and plan.arch != X86 else {}
 
 
 def _provenance(bench: Bench) -> dict[str, Any]:

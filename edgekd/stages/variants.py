@@ -34,7 +34,7 @@ class Planned:
 def planned_variants(target: Target, quantized: bool, bfloat16: bool) -> tuple[Planned, ...]:
     """All variants for a target, quantized ones first.
 
-    int8 graphs differ by runtime: TensorRT and arm64 take int8 activations; ONNX Runtime on x86 uint8;
+    int8 graphs differ by runtime: TensorRT takes int8 activations; ONNX Runtime uint8, on arm64 either;
     OpenVINO whichever grid was trained, but never an int8 one with a zero point other than 0.
     `bfloat16`: this machine's OpenVINO runs bf16 natively.
     """
@@ -51,9 +51,10 @@ def planned_variants(target: Target, quantized: bool, bfloat16: bool) -> tuple[P
                 )
             )
         if target.device_class in ("nvidia-jetson", "arm-cpu"):
-            plans.append(
-                Planned("onnxruntime-arm64-int8", "onnxruntime", "int8.onnx", arch=ARM, runs_here=False)
-            )
+            # A symmetric grid needs the codes between convolution and ReLU that uint8.onnx has: without them
+            # ONNX Runtime leaves the convolution in float on aarch64 too.
+            file = "uint8.onnx" if scheme.symmetric else "int8.onnx"
+            plans.append(Planned("onnxruntime-arm64-int8", "onnxruntime", file, arch=ARM, runs_here=False))
         openvino_file = "int8.onnx" if scheme.symmetric else "uint8.onnx"
         plans.append(Planned("openvino-int8", "openvino", openvino_file, "f32", X86, safe))
         plans.append(Planned("onnxruntime-int8", "onnxruntime", "uint8.onnx", "f32", X86, safe))

@@ -10,6 +10,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from edgekd.backends.onnxruntime import OnnxRuntimeBackend
+from edgekd.bundle import Golden, VariantFile, write_bundle
+from edgekd.spec import ModelSpec, Preprocessing
+
 SHAPE = (3, 16, 16)
 MACS = (16 * 16 * 16 * 27, 16 * 16 * 16 * 144, 160)  # conv1, conv2, fc at batch 1
 
@@ -107,3 +111,23 @@ def zero_u8_net(path: Path) -> Path:
     )
     graph.node("Flatten", ["c1"], "logits")
     return graph.save(path)
+
+
+def small_bundle(work: Path) -> Path:
+    """Float variants for both runtimes and for no machine, and int8 ones: u8 and symmetric s8 activations."""
+    spec = ModelSpec(Preprocessing(*SHAPE[1:], "rgb", (0.5,) * 3, (0.5,) * 3), tuple("abcdefghij"), "images")
+    images = np.random.default_rng(0).normal(size=(4, *SHAPE)).astype(np.float32)
+    files, outputs = [], {}
+    for name, kind, runtime in (
+        ("f32", "float", "onnxruntime"), ("ov", "float", "openvino"), ("u8", "u8", "onnxruntime"),
+        ("s8", "s8", "onnxruntime"), ("elsewhere", "float", "onnxruntime"),
+    ):  # fmt: skip
+        path = residual_net(work / f"{name}.onnx", kind)
+        arch = ("riscv64",) if name == "elsewhere" else ()
+        precision = "f32" if kind == "float" else "int8"
+        files.append(VariantFile(name, path, (runtime,), precision=precision, arch=arch))
+        outputs[name] = OnnxRuntimeBackend().open(path, optimize=False).run(images)
+    golden = Golden(images, outputs, {f.id: 0.5 if f.precision == "int8" else 1e-4 for f in files})
+    folder = work / "model.ekd"
+    write_bundle(folder, name="m", spec=spec, variants=files, golden=golden, provenance={}, evidence={})
+    return folder

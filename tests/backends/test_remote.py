@@ -19,6 +19,7 @@ import pytest
 
 from edgekd import cli
 from edgekd.backends.feeds import external_files, image_feed
+from edgekd.checking import CheckOrder, check_bundle
 from edgekd.cost import Roofline, cost_model
 from edgekd.errors import BackendError, DeviceError, StorageError, UsageError
 from edgekd.gating.subject import resolve
@@ -28,7 +29,7 @@ from edgekd.spec import LayerShape, ModelSpec, Preprocessing
 from edgekd.stages.calibrate import Wanted, calibrate
 from edgekd.target import find_target
 
-from .small_models import SHAPE, residual_net
+from .small_models import SHAPE, residual_net, small_bundle
 
 pytestmark = [pytest.mark.backends, pytest.mark.slow]
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -138,6 +139,18 @@ def test_outputs_come_back_and_are_those_of_this_machine(server: Server, model: 
         assert here["a"].shape == (5, 10)
         np.testing.assert_array_equal(here["a"], there["a"])
         np.testing.assert_allclose(here["written"], there["a"], atol=1e-5)
+
+
+def test_a_bundle_is_checked_there(server: Server, tmp_path: Path) -> None:
+    result = check_bundle(small_bundle(tmp_path), CheckOrder(server.device()))
+    rows = {row["id"]: row for row in result["variants"]}
+    here = check_bundle(tmp_path / "model.ekd", CheckOrder(HERE))
+    for row in here["variants"]:
+        there = rows[row["id"]]
+        for key in ("verdict", "reason", "kernels", "float_layers"):
+            assert there.get(key) == row.get(key)
+    assert rows["f32"]["environment"]["host"] == result["device"] == server.device().name
+    assert _left(server) == []
 
 
 def test_weights_beside_the_model_go_along(server: Server, model: Path, tmp_path: Path) -> None:

@@ -330,6 +330,15 @@ def test_eight_bit_weights_ask_for_the_vnni_that_the_card_names(cards: dict[str,
         assert next(plan for plan in plans if plan.id == "onnxruntime-int8").requires_cpu_flags == flags
 
 
+def test_on_arm64_a_symmetric_grid_takes_the_graph_whose_convolutions_fuse(cards: dict[str, Target]) -> None:
+    """`edgekd check --emulate`: of int8.onnx of a symmetric grid ONNX Runtime fuses next to nothing."""
+    from edgekd.stages.variants import planned_variants
+
+    for name, file in (("jetson-orin-nano-8gb", "uint8.onnx"), ("rpi5-8gb", "int8.onnx")):
+        plans = {plan.id: plan for plan in planned_variants(cards[name], True, False)}
+        assert plans["onnxruntime-arm64-int8"].file == file
+
+
 def test_a_board_is_known_by_its_device_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").write_text("Raspberry Pi 4 Model B Rev 1.4\0")
     monkeypatch.setattr(target_module, "_CPUINFO", tmp_path / "absent")
