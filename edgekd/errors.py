@@ -110,7 +110,7 @@ class DeviceMemoryError(EdgekdError):
 
 
 class DeviceError(EdgekdError):
-    """A remote device or cluster cannot be reached, refuses, or is lost; an emulated one cannot be fetched."""
+    """A remote device or cluster cannot be reached, refuses, or is lost; or cannot be emulated."""
 
     exit_code = 23
 
