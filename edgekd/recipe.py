@@ -69,8 +69,8 @@ class BudgetRecipe(_Strict, frozen=True):
 
 class SearchRecipe(_Strict, frozen=True):
     """`student`: empty to search one; ``package.module:factory`` or a ``2-student.json`` to bring one.
-    `refine`: distil `refine_candidates` for `refine_epochs`, then `refine_finalists` in full, and take the
-    best."""
+    `finalists` are measured whole where this machine is the target. `refine`: distil `refine_candidates` for
+    `refine_epochs`, then `refine_finalists` in full, and take the best."""
 
     student: str = ""
     space: str = "mobile-cnn"
@@ -80,6 +80,7 @@ class SearchRecipe(_Strict, frozen=True):
     population: Annotated[int, msgspec.Meta(ge=4)] = 24
     batch_size: Annotated[int, msgspec.Meta(ge=8)] = 64
     algorithm: Literal["nsga2", "aging"] = "nsga2"
+    finalists: Annotated[int, msgspec.Meta(ge=0)] = 3
     refine: bool = False
     refine_candidates: Annotated[int, msgspec.Meta(ge=2)] = 16
     refine_epochs: _Count = 4

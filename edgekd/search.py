@@ -279,8 +279,18 @@ def choose(candidates: Sequence[Candidate], score: Sequence[float] | Values, row
     MACs take part because they are the stronger predictor wherever sizes vary freely; the score decides
     among students of like size (docs/decisions/0002-search-score.md).
     """
-    merit = ranks(score) + ranks([c.macs for c in candidates])
-    return rows[int(np.argmax(merit))]
+    return rows[int(np.argmax(_merit(candidates, score)))]
+
+
+def merit(found: Found) -> dict[int, float]:
+    """What `choose` compares, of each row with a score."""
+    rows = [row for row, score in enumerate(found.score) if score is not None]
+    values = _merit([found.candidates[row] for row in rows], [found.score[row] or 0.0 for row in rows])
+    return dict(zip(rows, values.tolist(), strict=True))
+
+
+def _merit(candidates: Sequence[Candidate], score: Sequence[float] | Values) -> Values:
+    return ranks(score) + ranks([c.macs for c in candidates])
 
 
 def _infeasible(candidates: list[Candidate], limits: Limits) -> InfeasibleBudgetError:

@@ -103,8 +103,9 @@ _PICKS = (
 )
 
 
-def _candidate_tooltip(candidate: Record) -> str:
+def _candidate_tooltip(candidate: Record, measured_ms: float | None) -> str:
     feasible = dig(candidate, "feasible")
+    measured = [] if measured_ms is None else [f"measured latency {facts.milliseconds(measured_ms)}"]
     return "\n".join(
         [
             f"genome {dig(candidate, 'genome')}",
@@ -112,6 +113,7 @@ def _candidate_tooltip(candidate: Record) -> str:
             f"parameters {facts.count(number(candidate, 'parameters'))}",
             f"MACs {facts.count(number(candidate, 'macs'))}",
             f"predicted latency {facts.milliseconds(number(candidate, 'latency_ms'))}",
+            *measured,
             f"size {facts.size(number(candidate, 'size_mib'))}",
             "within the budget" if feasible else "outside the budget",
         ]
@@ -134,6 +136,11 @@ def search_scatter(record: Record) -> Markup:
         return Markup()
     most = max((number(candidates[i], "macs") or 0.0 for i in points), default=0.0)
     most = most if most > 0 else 1.0
+    measured = {
+        int(row): ms
+        for line in rows(dig(search, "finalists"), "rows")
+        if (row := number(line, "row")) is not None and (ms := number(line, "measured_ms")) is not None
+    }
     picks: dict[int, list[_Pick]] = {}
     for pick in _PICKS:
         index = number(search, pick.key)
@@ -147,10 +154,14 @@ def search_scatter(record: Record) -> Markup:
         if chosen:
             radius, style, shape = max(6.5, radius), chosen[-1].style, chosen[-1].shape
         label = " = ".join(pick.label for pick in reversed(chosen))
-        dots.append(Dot(*points[index], radius, style, _candidate_tooltip(candidate), label, shape))
+        tooltip = _candidate_tooltip(candidate, measured.get(index))
+        dots.append(Dot(*points[index], radius, style, tooltip, label, shape))
+        if index in measured and with_latency:
+            dots.append(Dot(measured[index], points[index][1], 4.0, "c0", tooltip))
     unscored = [x * factor for i, c in enumerate(candidates)
                 if i not in points and (x := number(c, key)) is not None]  # fmt: skip
-    x_axis = fit_axis(title, [*(x for x, _ in points.values()), *unscored], log=True)
+    ends = [*(x for x, _ in points.values()), *unscored, *(measured.values() if with_latency else ())]
+    x_axis = fit_axis(title, ends, log=True)
     y_axis = fit_axis(
         f"training-free score ({text(search, 'score') or 'unnamed'})", [y for _, y in points.values()]
     )
@@ -162,6 +173,7 @@ def search_scatter(record: Record) -> Markup:
         (mark("circle", 8, 8, 5, "dot"), "within the budget"),
         (mark("circle", 8, 8, 5, "hollow"), "outside the budget"),
         *((mark(pick.shape, 8, 8, 5.5, pick.style), pick.label) for pick in reversed(_PICKS)),
+        *([(mark("circle", 8, 8, 4, "c0"), "finalist at its measured latency")] if measured else []),
     ]
     left_out = len(candidates) - len(points) - len(unscored)
     note = "Dot area grows with MACs. Baselines: what the number of MACs or of parameters would have chosen."

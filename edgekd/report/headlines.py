@@ -171,7 +171,7 @@ def headline_figures(record: Record) -> list[Figure]:
         add(name, value, facts.milliseconds(value), basis, facts.PREDICTED)
     value = number(search, "latency_measured_ms")
     add(
-        "latency of the chosen candidate, float",
+        "latency of the chosen candidate, untrained",
         value,
         facts.milliseconds(value),
         f"on {text(search, 'latency_measured_on')}",

@@ -7,29 +7,21 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from edgekd.blocks import deployed
 from edgekd.cost import Line, calibrated_path, layer_key, sum_of_layers
 from edgekd.errors import DeviceError, UsageError
-from edgekd.export import save, to_onnx
 from edgekd.files import write_json
 from edgekd.layer_files import codes_of, input_of, one_layer
-from edgekd.nets import evaluate
 from edgekd.profiler import HERE, Device, Protocol, Variant, time_layers
-from edgekd.quantize.capture import capture
-from edgekd.quantize.fakequant import calibrate as calibrate_ranges
-from edgekd.quantize.fakequant import find_sites, insert, parameters_of
-from edgekd.quantize.lower import lower
-from edgekd.quantize.scheme import scheme_for
 from edgekd.ranking import Values, kendall_tau
 from edgekd.remote import pooled
 from edgekd.spaces import Genome, search_space
 from edgekd.spec import LayerShape, ModelSpec
+from edgekd.stages.untrained import write_network
 from edgekd.target import Target, is_this_machine
 
 _CHUNK = 400  # models of one order: what is measured together is disturbed alike
@@ -84,7 +76,7 @@ def calibrate(
         for number, genome in enumerate(whole):
             say(f"{number + 1} of {len(whole)} networks written")
             network = space.build(genome, torch.Generator().manual_seed(number))
-            write_network(network, target, wanted, folder / f"n{number}.onnx")
+            write_network(network, target, wanted.spec, wanted.precision, folder / f"n{number}.onnx")
             models[f"n{number}"] = ("float32", (1, *wanted.spec.input_shape))
         times, machine = _measured(target, devices, models, folder, say)
     entries = _entries(layers, times, clock)
@@ -120,27 +112,6 @@ def drawn(choices: Sequence[int], count: int, seed: int) -> list[Genome]:
     levels = rng.random((4 * count, 1)) + rng.normal(0, 0.2, (4 * count, len(choices)))
     rows = (np.clip(levels, 0, 0.999) * np.asarray(choices)).astype(int).tolist()
     return list(dict.fromkeys(tuple(row) for row in rows))[:count]
-
-
-def write_network(network: nn.Module, target: Target, wanted: Wanted, path: Path) -> None:
-    """A student with fresh weights as it is deployed: float, or quantized on random images for the target."""
-    shape = wanted.spec.input_shape
-    images = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():  # offsets as after training: exporters drop those that are exactly zero
-        network.train()(images)
-        for bias in (value for name, value in network.named_parameters() if name.endswith("bias")):
-            bias.add_(0.01)
-    network = deployed(network.eval())
-    if wanted.precision != "int8":
-        save(to_onnx(network, wanted.spec), path)
-        return
-    scheme, graph = scheme_for(target), capture(network, shape)
-    sites = find_sites(graph, scheme)
-    ranges = calibrate_ranges(graph, sites, [images], scheme, "min-max")
-    quantized = insert(graph, sites, ranges, scheme).eval()
-    evaluate(quantized, images)
-    kind: Literal["uint8", "int8"] = "uint8" if codes_of(target).dtype == np.uint8 else "int8"
-    save(lower(to_onnx(graph, wanted.spec), parameters_of(quantized, sites), sites, kind), path)
 
 
 _Models = dict[str, tuple[str, tuple[int, ...]]]  # file's stem: type and shape of its input

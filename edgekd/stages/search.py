@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from edgekd.probing import randomised, untouched
 from edgekd.proxies import check_teacher, proxy
 from edgekd.search import Candidate, Effort, Found, Genome, Limits, search
 from edgekd.stages.bench import Bench
+from edgekd.stages.finalists import Measured, measure_finalists
 from edgekd.stages.refine import refine
 from edgekd.stages.scorer import OneThread, Scorer
 from edgekd.tasks.classification import normalise, to_tensor
@@ -55,8 +56,11 @@ def run(bench: Bench) -> dict[str, Any]:
     finally:
         evaluate.close()
         model.close()
+    predicted = found.chosen
+    row, measured = measure_finalists(bench, found, limits, executed_precision(bench))
+    found = replace(found, chosen=row)
     metrics: dict[str, Any] = {
-        "search": _metrics(bench, found, model, limits),
+        "search": _metrics(bench, found, model, limits) | _measurements(found, predicted, measured),
         "_unverified": list(model.unverified),
     }
     metrics["search"]["left_out"] = missing
@@ -66,6 +70,7 @@ def run(bench: Bench) -> dict[str, Any]:
         key = sha256_json([_search_key(bench), how])[:12]
         row, facts = refine(bench, found, evaluate.scorer, key)
         metrics["search"] |= {"chosen": row, "chosen_without_refine": found.chosen, "refine": facts}
+        metrics["search"] |= _remeasured(row, measured)
     chosen = found.candidates[metrics["search"]["chosen"]]
     restrictions = bench.run.target.space
     write_json(
@@ -85,11 +90,31 @@ def run(bench: Bench) -> dict[str, Any]:
         if chosen.latency_ms is None
         else f"{chosen.latency_ms:.4f} ms predicted ({model.kind})"
     )
+    done_ms = metrics["search"]["latency_measured_ms"]
     bench.run.reporter.say(
-        f"  student: {chosen.parameters:,} parameters, {chosen.macs / 1e6:.2f} MMACs, {latency}; "
-        f"best of {len(found.candidates)} candidates"
+        f"  student: {chosen.parameters:,} parameters, {chosen.macs / 1e6:.2f} MMACs, {latency}"
+        + (f", {done_ms:.4f} ms measured" if done_ms is not None else "")
+        + f"; best of {len(found.candidates)} candidates"
     )
     return metrics
+
+
+def _measurements(found: Found, predicted: int, measured: Measured | None) -> dict[str, Any]:
+    """What the record says of the finalists."""
+    if measured is None:
+        return {"finalists": None, "latency_measured_ms": None, "latency_measured_on": None}
+    return {
+        "finalists": measured.facts(found) | {"chosen_by_prediction": predicted},
+        "latency_measured_ms": measured.measured_ms[found.chosen],
+        "latency_measured_on": f"{measured.device}, {measured.precision}, {measured.clock} clock",
+    }
+
+
+def _remeasured(chosen: int, measured: Measured | None) -> dict[str, Any]:
+    """The measured latency of what the second stage chose; null where it was no finalist of the first."""
+    if measured is not None and chosen in measured.measured_ms:
+        return {"latency_measured_ms": measured.measured_ms[chosen]}
+    return {"latency_measured_ms": None, "latency_measured_on": None}
 
 
 def executed_precision(bench: Bench) -> str:
@@ -262,7 +287,7 @@ def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
 def _search_key(bench: Bench) -> str:
     """Costs and scores belong to one teacher, device and budget: beyond its limits nothing was scored."""
     recipe, before = bench.run.record["recipe"], bench.run.record["stages"]["teacher"]
-    later = ("refine", "refine_candidates", "refine_epochs", "refine_finalists")
+    later = ("finalists", "refine", "refine_candidates", "refine_epochs", "refine_finalists")
     how = {key: value for key, value in recipe["search"].items() if key not in later}
     parts = [recipe["seed"], how, recipe["budget"], recipe["quantize"]["mode"]]
     return sha256_json([before["inputs_sha256"], before["outputs_sha256"], parts, bench.run.target])
@@ -285,8 +310,6 @@ def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> di
         "by_macs": found.by_macs,
         "by_parameters": found.by_parameters,
         "front": list(found.front),
-        "latency_measured_ms": None,
-        "latency_measured_on": None,
         "built_parameters": count_parameters(
             deployed(bench.space.build(found.candidates[found.chosen].genome, torch.Generator()))
         ),

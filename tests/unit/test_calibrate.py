@@ -15,7 +15,8 @@ from edgekd.cost import Line
 from edgekd.ranking import Values
 from edgekd.spaces import search_space
 from edgekd.spec import ModelSpec, Preprocessing
-from edgekd.stages.calibrate import Wanted, drawn, fit, write_network
+from edgekd.stages.calibrate import drawn, fit
+from edgekd.stages.untrained import write_network
 from edgekd.target import find_target
 
 SPEC = ModelSpec(Preprocessing(16, 16, "rgb", (0.5,) * 3, (0.5,) * 3), ("a", "b"))
@@ -74,7 +75,7 @@ def test_an_int8_network_is_quantized_for_its_target(name: str, dtype: str, tmp_
     target, path = find_target(name), tmp_path / "net.onnx"
     space = search_space("repvgg", SPEC, 8, (3,), ())
     network = space.build(tuple(0 for _ in space.choices), torch.Generator().manual_seed(0))
-    write_network(network, target, Wanted("repvgg", SPEC, "int8"), path)
+    write_network(network, target, SPEC, "int8", path)
     graph = onnx.load(path).graph
     kinds = Counter(node.op_type for node in graph.node)
     assert kinds["QuantizeLinear"] > kinds["Conv"] > 0
