@@ -196,8 +196,10 @@ for _name, (_text, _files) in _STAGE_HELP.items():
     is_flag=True,
     help="Of MODEL, also candidates by onnxruntime and nncf.",
 )
+@click.option("--qat", is_flag=True, help="Of MODEL, also a candidate trained by the float graph.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes of --qat over the samples.  [default: 5]")
 @_recipe_options
-def quantize(model: Path | None, weights_only: str | None, compare_engines: bool, **given: Any) -> None:
+def quantize(model: Path | None, **given: Any) -> None:
     """Quantize an ONNX file, or run all stages of a student up to quantization.
 
     With MODEL, a float .onnx file of any origin: calibrate on --data, try, leave in float what breaks,
@@ -207,17 +209,19 @@ def quantize(model: Path | None, weights_only: str | None, compare_engines: bool
     Example: edgekd quantize model.onnx --target x86 --data images/ --mean 0.485,0.456,0.406 \\
                --std 0.229,0.224,0.225 --max-drop 1.0
     Example: edgekd quantize speech.onnx --target rpi5 --data inputs.npz
+    Example: edgekd quantize model.onnx --target x86 --data images/ --qat --epochs 10
     Without MODEL: edgekd quantize --target jetson --out runs/jetson
     """
+    of_a_file = {name: given[name] for name in ("weights_only", "compare_engines", "qat", "epochs")}
     if model is None:
-        if weights_only or compare_engines:
-            raise click.UsageError("--weights-only and --compare-engines need a MODEL.onnx")
-        _run("quantize", **given)
+        if wrong := [f"--{name.replace('_', '-')}" for name, value in of_a_file.items() if value]:
+            raise click.UsageError(f"{' and '.join(wrong)}: only with a MODEL.onnx")
+        _run("quantize", **{name: value for name, value in given.items() if name not in of_a_file})
         return
+    if given["epochs"] and not given["qat"]:
+        raise click.UsageError("--epochs is of the training that --qat asks for")
     mean, std = (_numbers(name, given[name]) if given[name] else [] for name in ("mean", "std"))
-    quantizing.quantize_model(
-        model, given | {"weights_only": weights_only, "compare_engines": compare_engines}, mean, std
-    )
+    quantizing.quantize_model(model, given, mean, std)
 
 
 @cli.command()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgekd.console import Console
 from edgekd.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgekd.recipe import QuantizeRecipe
+    from edgekd.stages.onnx_choice import Training
 
 # Options of the stage `quantize` that mean nothing for a file.
 _OF_A_RUN = ("teacher", "weights", "student", "student_weights", "method", "skip_bad")
@@ -59,6 +63,7 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
         given["compare_engines"],
         given["threads"] or recipe.profile.threads,
         recipe.seed if given["seed"] is None else given["seed"],
+        training(quantize, given["epochs"]) if given["qat"] else None,
     )
     with Console() as console:
         console.say(f"target {target.id}, folder {wanted.folder}")
@@ -66,6 +71,19 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
         _print(record, console)
     if given["as_json"]:
         click.echo(json.dumps(record, default=str))
+
+
+def training(quantize: QuantizeRecipe, epochs: int | None) -> Training:
+    """What ``--qat`` asks for: the recipe's method, options and rate where they are set."""
+    from edgekd.stages.onnx_choice import Training
+
+    plain = Training()
+    return Training(
+        epochs or max(plain.epochs, quantize.epochs),
+        quantize.learning_rate,
+        method=quantize.method or plain.method,
+        options=quantize.options,
+    )
 
 
 def _print(record: dict[str, Any], console: Console) -> None:

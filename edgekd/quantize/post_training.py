@@ -51,13 +51,16 @@ class Quantized:
     tried: dict[str, float]
     floats: tuple[str, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    trained: bool = False
+    work: PostTraining | None = None
+    numbers: Numbers | None = None
 
 
 class PostTraining:
     """All numbers of one graph and one dialect. Trying is cheap once the ranges are known."""
 
     def __init__(self, model: FloatModel, scheme: QuantScheme, batches: Batches) -> None:
-        self._model, self.scheme, self._batches = model, scheme, batches
+        self.model, self.scheme, self._batches = model, scheme, batches
         self.places: Places = find_places(model, scheme)
         self._observed = observe(
             model.model, sorted({self.places.root(t) for t in self.places.tensors()}), batches
@@ -71,7 +74,7 @@ class PostTraining:
         """Grids by this calibrator, weights rounded to the nearest code."""
         weights = {}
         grids = grids_of(self._observed, self.places, self.scheme, calibrator)
-        biases = {node.name: node.input[2] for node in self._model.model.graph.node if len(node.input) > 2}
+        biases = {node.name: node.input[2] for node in self.model.model.graph.node if len(node.input) > 2}
         for layer in self.places.layers:
             scales = weight_scales(self._values[layer.weight], layer, self.scheme.weight_max)
             bias = self._values.get(biases.get(layer.name, ""))
@@ -84,11 +87,11 @@ class PostTraining:
 
     def reconstructed(self, numbers: Numbers) -> Numbers:
         """The same grids; weights and biases that make up for each other's rounding on the samples."""
-        return reconstruct(self._model, self.places, numbers, self._batches, self.scheme.weight_max)
+        return reconstruct(self.model, self.places, numbers, self._batches, self.scheme.weight_max)
 
     def write(self, numbers: Numbers, only: Sequence[str] | None = None) -> onnx.ModelProto:
         """The graph with the operations `only`, or all, in integers."""
-        return write_quantized(self._model.model, self.places, numbers, signed=self._signed, only=only)
+        return write_quantized(self.model.model, self.places, numbers, signed=self._signed, only=only)
 
     def best(
         self, judges: Judges, calibrators: Sequence[str], say: Callable[[str], None]
@@ -123,7 +126,7 @@ class PostTraining:
 
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
             path = Path(folder) / "float.onnx"
-            write_bytes(path, self._model.model.SerializeToString())
+            write_bytes(path, self.model.model.SerializeToString())
             return {node.name: node.macs for node in compute_nodes(path)}
 
     def mixed(
@@ -170,7 +173,7 @@ def quantize_graph(
             work, numbers, how = other, theirs, f"smoothed, {name}"
             whole = work.write(numbers)
             drop = judges.drop(whole)
-    made = [Quantized(whole, scheme.dialect, how, tried)]
+    made = [Quantized(whole, scheme.dialect, how, tried, work=work, numbers=numbers)]
     if drop <= limit:
         return made
     if scheme.dialect == "openvino-u8":
@@ -192,5 +195,5 @@ def quantize_graph(
         made.append(Quantized(mixed[0], scheme.dialect, how, tried, mixed[1], rows))
     else:
         reporter[0](f"  {scheme.dialect}: no choice of float operators keeps within {limit:g} points")
-        made[0] = Quantized(whole, scheme.dialect, how, tried, (), rows)
+        made[0] = replace(made[0], sensitivity=rows)
     return made

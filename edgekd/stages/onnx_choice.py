@@ -16,6 +16,17 @@ _TIE = 0.03  # candidates this close in latency are told apart by accuracy, then
 
 
 @dataclass(frozen=True)
+class Training:
+    """Quantization-aware training of a file: `method` and its `options` read nothing but logits."""
+
+    epochs: int = 5
+    learning_rate: float = 2e-4
+    batch_size: int = 32
+    method: str = "kd"
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What the caller asks for; a budget that is None is no limit, a drop that is None the kind's default."""
 
@@ -34,6 +45,7 @@ class Wanted:
     compare_engines: bool = False
     threads: int = 1
     seed: int = 0
+    training: Training | None = None
 
 
 def choose(

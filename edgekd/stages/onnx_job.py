@@ -31,12 +31,14 @@ CHOICES = ("stratified", "random", "coverage")
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows of samples: `calibration` fits, `choice` decides between tries, `report` is looked at once."""
+    """Rows of samples: `calibration` fits, `choice` decides between tries, `report` is looked at once.
+    `train` holds the calibration rows and whatever else is neither of the others."""
 
     calibration: NDArray[np.int64]
     choice: NDArray[np.int64]
     report: NDArray[np.int64]
     overlap: bool
+    train: NDArray[np.int64]
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Job:
     seed: int
     calibration_images: int
     choice: str = "stratified"
+    trains: bool = False  # then two thirds of the samples are kept for it
 
     @property
     def batch_size(self) -> int:
@@ -101,11 +104,13 @@ class Job:
         third = len(order) // 3
         if third < 2 * self.batch_size and third < 32:
             every = np.sort(order)
-            return Parts(every[: self.calibration_images], every[: most["choice"]], every, True)
+            return Parts(every[: self.calibration_images], every[: most["choice"]], every, True, every)
         calibration = self._calibration(order[:third] if self.choice == "random" else order[: 2 * third])
-        rest = order[~np.isin(order, calibration)]
+        rest = order[2 * third :] if self.trains else order[~np.isin(order, calibration)]
         half = min(len(rest) // 2, most["choice"], 512)
-        return Parts(calibration, np.sort(rest[:half]), np.sort(rest[half:][: most["report"]]), False)
+        judged = np.sort(rest[:half]), np.sort(rest[half:][: most["report"]])
+        train = np.sort(order[~np.isin(order, np.concatenate(judged))])
+        return Parts(calibration, *judged, False, train)
 
     def _calibration(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Half of the rows at most: as they come, evenly by class, or spread over the model's outputs."""
@@ -211,6 +216,7 @@ class Job:
             "deciding": len(parts.choice),
             "reporting": len(parts.report),
             "overlap": parts.overlap,
+            "training": len(parts.train) if self.trains else 0,
             "labels": self.samples.labels is not None,
             "sha256": digest(self.samples, parts.calibration, self.batch_size),
         }

@@ -57,17 +57,8 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
             `DataError` samples that do not fit; `InfeasibleBudgetError` no candidate within the budget;
             `MissingExtraError` no runtime of the target here.
     """
-    model = load_float(wanted.model)
-    samples = load_samples(wanted.data, model, wanted.pixels)
-    job = Job(
-        model,
-        samples,
-        wanted.folder / "candidates",
-        reporter,
-        wanted.seed,
-        wanted.calibration_images,
-        wanted.calibration_choice,
-    )
+    job = _job(wanted, reporter)
+    model = job.model
     facts = job.calibration_facts()
     limit = DEFAULT_DROP[job.kind] if wanted.max_drop is None else wanted.max_drop
     notes = "".join(f"; {note}" for note in model.notes)
@@ -104,7 +95,9 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         "engines_failed": failed,
         "parity": parity,
         "build": _build(wanted, candidates),
-        "tried": {f"{one.dialect}{' mixed' if one.floats else ''}": one.tried for one in made},
+        "tried": {
+            f"{one.dialect}{' mixed' if one.floats else ''}": one.tried for one in made if not one.trained
+        },
         "float_operators": {one.dialect: list(one.floats) for one in made if one.floats},
         "sensitivity": {one.dialect: [asdict(s) for s in one.sensitivity] for one in made if one.sensitivity},
         "environment": environment(),
@@ -113,6 +106,25 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
     write_text(wanted.folder / PAGE, file_page(record))
     reporter.say(f"  kept {chosen['id']}: {reason}")
     return record
+
+
+def _job(wanted: Wanted, reporter: Reporter) -> Job:
+    model = load_float(wanted.model)
+    job = Job(
+        model,
+        load_samples(wanted.data, model, wanted.pixels),
+        wanted.folder / "candidates",
+        reporter,
+        wanted.seed,
+        wanted.calibration_images,
+        wanted.calibration_choice,
+        wanted.training is not None,
+    )
+    if wanted.training is not None:
+        from edgekd.stages.qat_file import check_trainable
+
+        check_trainable(job, wanted.training)
+    return job
 
 
 def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]:
@@ -134,6 +146,11 @@ def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]
             calibrators=wanted.calibrators,
             reporter=(job.reporter.say, job.reporter.step),
         )
+        if wanted.training is not None:
+            from edgekd.stages.qat_file import train_file
+
+            base = next(found for found in made if found.dialect == one.dialect)
+            made.append(train_file(job, base, wanted.training, wanted.seed))
     return made
 
 
@@ -180,9 +197,10 @@ def _candidates(job: Job, wanted: Wanted, made: list[Quantized]) -> list[Candida
             found.append(Candidate(f"{name}-bf16", "bf16", job.float_path, name, "bf16"))
         for one in made:
             form = "mixed" if one.floats else "int8"
-            path = job.folder / f"{form}-{one.dialect}.onnx"
+            named = f"{form}-{one.dialect}{'-qat' if one.trained else ''}"
+            path = job.folder / f"{named}.onnx"
             _save(one.model, path)
-            found.append(Candidate(f"{name}-{form}-{one.dialect}", form, path, name, made=one))
+            found.append(Candidate(f"{name}-{named}", form, path, name, made=one))
     if wanted.weights_only:
         from edgekd.quantize.weight_only import write_weight_only
 
