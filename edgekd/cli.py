@@ -229,7 +229,10 @@ def quantize(model: Path | None, **given: Any) -> None:
     "models", metavar="MODELS... | RUN", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True)
 )
 @click.option(
-    "--backend", "backends", multiple=True, help="onnxruntime or openvino; several times for several."
+    "--backend",
+    "backends",
+    multiple=True,
+    help="onnxruntime, openvino, or on a Jetson tensorrt; several times for several.",
 )
 @click.option("--precision", default="f32", show_default=True, type=click.Choice(["f32", "bf16"]))
 @click.option("--threads", default=1, show_default=True, type=int)

@@ -62,6 +62,8 @@ class VariantTimes(msgspec.Struct, frozen=True):
     cpu_ms: list[list[float]]  # process time of all threads
     memory_mib: float | None = None  # growth of the process by loading it and its first call
     energy_uj: float | None = None  # of the processor packages during all timed calls; None without a counter
+    device_ms: list[list[float]] | None = None  # on a GPU by its own events, without copies; None elsewhere
+    layers_ms: dict[str, float] | None = None  # median of each layer, of an engine that tells it
 
 
 class SessionResult(msgspec.Struct, frozen=True):
@@ -85,6 +87,9 @@ class Latency(msgspec.Struct, frozen=True):
     memory_mib: float | None
     energy_mj: float | None  # millijoules a call
     environment: dict[str, Any]
+    device_p50_ms: float | None = None  # on a GPU by its own events; None elsewhere
+    device_p90_ms: float | None = None
+    layers_ms: dict[str, float] | None = None
 
 
 class Device(Interface):
@@ -164,6 +169,7 @@ def latency(times: VariantTimes, environment: dict[str, Any]) -> Latency:
     """The figures of one session."""
     wall = [call for calls in times.wall_ms for call in calls]
     cpu = [call for calls in times.cpu_ms for call in calls]
+    device = [call for calls in times.device_ms or () for call in calls]
     return Latency(
         runs=len(wall),
         wall_p50_ms=percentile(wall, 50),
@@ -176,6 +182,9 @@ def latency(times: VariantTimes, environment: dict[str, Any]) -> Latency:
         memory_mib=times.memory_mib,
         energy_mj=None if times.energy_uj is None else times.energy_uj / 1e3 / len(wall),
         environment=environment,
+        device_p50_ms=percentile(device, 50),
+        device_p90_ms=percentile(device, 90),
+        layers_ms=times.layers_ms,
     )
 
 

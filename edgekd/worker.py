@@ -43,7 +43,10 @@ _AGREEMENT = 0.03  # two consecutive window medians this close end the warm-up
 _TURNS, _TURN_CALLS, _TURN_WARM_UP = 9, 5, 2  # of small models; the first calls of a turn do not count
 _ENERGY = "/sys/class/powercap/*:[0-9]/energy_uj"  # one counter a processor package
 _TEMPERATURES = "/sys/class/thermal/thermal_zone*/temp"
-_THROTTLES = "/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
+# Events of Intel cores; of a Jetson Orin, whose input voltage or current left its limits.
+_THROTTLES = ("/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count",
+              "/sys/class/hwmon/hwmon*/oc[1-3]_event_cnt")  # fmt: skip
+_LAYERS_OF = 10  # calls with a profiler that tells the layers
 
 
 def environment() -> dict[str, Any]:
@@ -90,7 +93,7 @@ def _state() -> dict[str, Any]:
     """What may disturb a measurement: load, ticks that the hypervisor gave to others, heat, throttling."""
     ticks = _first_line("/proc/stat").split()
     temperatures = _numbers(_TEMPERATURES)
-    throttles = _numbers(_THROTTLES)
+    throttles = [count for pattern in _THROTTLES for count in _numbers(pattern)]
     return {
         "load_average": list(os.getloadavg()),
         "steal_ticks": int(ticks[8]) if len(ticks) > 8 else None,
@@ -126,6 +129,7 @@ class _Calls:
         self._fed = arranged(self._session, feeds)
         self._session.run(self._fed)
         called, after = time.perf_counter_ns(), _memory_mib()
+        self._device_ms: list[float] = []  # of the last turn
         self.times: dict[str, Any] = {
             "load_ms": (loaded - started) / 1e6,
             "first_call_ms": (called - loaded) / 1e6,
@@ -133,6 +137,8 @@ class _Calls:
             "wall_ms": [],
             "cpu_ms": [],
             "energy_uj": None,
+            "device_ms": None,
+            "layers_ms": None,
         }
 
     def warm_up(self) -> None:
@@ -147,12 +153,20 @@ class _Calls:
     def turn(self, calls: int) -> tuple[list[float], list[float]]:
         """Wall and process milliseconds of consecutive calls."""
         wall_ms, cpu_ms = [], []
+        self._device_ms = []
         for _ in range(calls):
             cpu, wall = time.process_time_ns(), time.perf_counter_ns()
             self._session.run(self._fed)
             wall_ms.append((time.perf_counter_ns() - wall) / 1e6)
             cpu_ms.append((time.process_time_ns() - cpu) / 1e6)
+            if (device_ms := getattr(self._session, "device_ms", None)) is not None:
+                self._device_ms.append(device_ms)
         return wall_ms, cpu_ms
+
+    def layers(self) -> None:
+        """The times of the layers, of a session whose engine tells them."""
+        if hasattr(self._session, "layers_ms"):
+            self.times["layers_ms"] = self._session.layers_ms(self._fed, _LAYERS_OF)
 
     def record(self, calls: int) -> None:
         """A turn that counts."""
@@ -163,6 +177,8 @@ class _Calls:
             self.times["energy_uj"] = (self.times["energy_uj"] or 0.0) + after - before
         self.times["wall_ms"].append(wall_ms)
         self.times["cpu_ms"].append(cpu_ms)
+        if self._device_ms:
+            self.times["device_ms"] = [*(self.times["device_ms"] or []), self._device_ms]
 
 
 def open_session(variant: dict[str, str], threads: int, feeds: Feeds) -> Session:
@@ -208,6 +224,8 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
             one.record(protocol["calls"])
     gc.enable()
     after = _state()
+    for one in turns:
+        one.layers()
     told = environment() | {
         "devices": {name: engine.device() for name, engine in engines.items()},
         "versions": versions,

@@ -1,13 +1,12 @@
 """TensorRT: builds and runs on an NVIDIA GPU; without one, TensorRT-RTX proves that a graph compiles.
 
-Precision lives in the graph (strongly typed network), never in builder flags. The part that runs an engine
-was written against the documented Python API of TensorRT 10 and later and has not been executed yet: no
-machine of the project's tests has a GPU with the package ``tensorrt``.
+The part that runs an engine was written against the documented Python API of TensorRT 10 and later and has
+not been executed yet: no machine of the project's tests has a GPU with the package ``tensorrt``. What stands
+behind it was: `edgekd.backends.engines` with TensorRT-RTX, `edgekd.backends.cudart` with the CUDA runtime.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import time
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.backends import Array, Coverage, Feeds, Shapes
+from edgekd.backends import Array, Coverage, Feeds, Shapes, cudart, engines
 from edgekd.errors import BackendError, MissingExtraError, missing_extra
 
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")  # desktop and server; Jetson
-_MAX_BATCH = 64  # upper end of the optimisation profile of a dynamic batch
-_FOREIGN_LOGGER = "differs from one already registered"
+_OLDEST = 10  # major version of TensorRT
 
 
 @dataclass(frozen=True)
@@ -40,19 +38,21 @@ class BuildProof:
 
 
 class TensorRtSession:
-    """One engine with device buffers for a single input and a single output."""
+    """One engine with device buffers for a single input and a single output. `device_ms`: what the last call
+    took on the GPU by CUDA events, without the copies to it and back."""
 
-    def __init__(self, engine: Any, trt: Any, cuda: Any) -> None:
-        self._engine, self._cuda = engine, cuda
-        self._context = engine.create_execution_context()
+    def __init__(self, engine: Any, trt: Any) -> None:
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         outputs = [name for name in names if name not in inputs]
         if len(inputs) != 1 or len(outputs) != 1:
             raise BackendError(f"tensorrt: expected one input and one output, got {inputs} and {outputs}")
+        self._engine, self._trt, self._context = engine, trt, engine.create_execution_context()
         self._input, self._output = inputs[0], outputs[0]
+        self._kinds = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
         self.names = (inputs[0],)
-        self._stream = _cuda_call(cuda, cuda.cudaStreamCreate())
+        self.device_ms = 0.0
+        self._stream = cudart.Stream()
         self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
 
     def run(self, images: Array | Feeds) -> Array:
@@ -61,35 +61,54 @@ class TensorRtSession:
         Raises:
             BackendError: the images do not fit the engine, or CUDA reports an error.
         """
-        cuda, kind = self._cuda, self._cuda.cudaMemcpyKind
         one = images if isinstance(images, np.ndarray) else next(iter(images.values()))
-        images = np.ascontiguousarray(one, dtype=np.float32)
-        if not self._context.set_input_shape(self._input, images.shape):
-            raise BackendError(f"tensorrt: the engine was not built for the input shape {images.shape}")
-        logits = np.empty(tuple(self._context.get_tensor_shape(self._output)), np.float32)
-        source, target = self._buffer(self._input, images.nbytes), self._buffer(self._output, logits.nbytes)
-        upload, download = kind.cudaMemcpyHostToDevice, kind.cudaMemcpyDeviceToHost
-        _cuda_call(
-            cuda, cuda.cudaMemcpyAsync(source, images.ctypes.data, images.nbytes, upload, self._stream)
-        )
-        if not self._context.execute_async_v3(int(self._stream)):
+        given = np.ascontiguousarray(one, dtype=self._kinds[self._input])
+        if not self._context.set_input_shape(self._input, given.shape):
+            raise BackendError(f"tensorrt: the engine was not built for the input shape {given.shape}")
+        made = np.empty(tuple(self._context.get_tensor_shape(self._output)), self._kinds[self._output])
+        source, target = self._buffer(self._input, given.nbytes), self._buffer(self._output, made.nbytes)
+        self._stream.copy(source, given.ctypes.data, given.nbytes, cudart.TO_DEVICE)
+        self._stream.begin()
+        if not self._context.execute_async_v3(self._stream.handle.value):
             raise BackendError("tensorrt: the engine did not start")
-        _cuda_call(
-            cuda, cuda.cudaMemcpyAsync(logits.ctypes.data, target, logits.nbytes, download, self._stream)
-        )
-        _cuda_call(cuda, cuda.cudaStreamSynchronize(self._stream))
-        return logits
+        self._stream.end()
+        self._stream.copy(made.ctypes.data, target, made.nbytes, cudart.TO_HOST)
+        self._stream.wait()
+        self.device_ms = self._stream.elapsed_ms()
+        return made.astype(np.float32, copy=False)
+
+    def layers_ms(self, images: Array | Feeds, calls: int) -> dict[str, float]:
+        """Median milliseconds of each layer on the GPU, by TensorRT's profiler, which slows the calls."""
+        profiler = _profiler(self._trt)
+        self._context.profiler = profiler
+        for _ in range(calls):
+            self.run(images)
+        self._context.profiler = None
+        return {name: float(np.median(took)) for name, took in profiler.taken.items()}
 
     def _buffer(self, name: str, size: int) -> int:
         """Address of a device buffer of at least `size` bytes, bound to the tensor."""
         address, held = self._buffers.get(name, (0, 0))
         if held < size:
             if address:
-                _cuda_call(self._cuda, self._cuda.cudaFree(address))
-            address = int(_cuda_call(self._cuda, self._cuda.cudaMalloc(size)))
+                cudart.free(address)
+            address = cudart.allocate(size)
             self._buffers[name] = (address, size)
             self._context.set_tensor_address(name, address)
         return address
+
+
+def _profiler(trt: Any) -> Any:
+    """An ``IProfiler`` with the milliseconds of each layer in `taken`."""
+
+    def prepare(self: Any) -> None:
+        trt.IProfiler.__init__(self)
+        self.taken = {}
+
+    def report(self: Any, layer_name: str, ms: float) -> None:
+        self.taken.setdefault(layer_name, []).append(ms)
+
+    return type("Layers", (trt.IProfiler,), {"__init__": prepare, "report_layer_time": report})()
 
 
 class TensorRtBackend:
@@ -130,11 +149,12 @@ class TensorRtBackend:
         batch: int | None = None,
         shapes: Shapes | None = None,
     ) -> TensorRtSession:
-        """Build an engine for the GPU here and load it. `threads` does nothing on a GPU.
+        """An engine for the GPU here: the one kept of an earlier start, else built, which takes from seconds
+        to minutes. `threads` does nothing on a GPU.
 
         Raises:
             BackendError: there is no GPU, the graph is refused, or `precision` is not "f32".
-            MissingExtraError: ``tensorrt`` or ``cuda-python`` is not installed.
+            MissingExtraError: ``tensorrt`` is not installed.
         """
         del threads
         package = _package()
@@ -147,19 +167,35 @@ class TensorRtBackend:
             raise BackendError(f"tensorrt takes precision from the graph, got precision '{precision}'")
         if package != "tensorrt":
             raise missing_extra("tensorrt", "tensorrt", "running an engine")
-        try:
-            cuda = importlib.import_module("cuda.bindings.runtime")
-        except ModuleNotFoundError as error:
-            raise missing_extra("cuda-python", "tensorrt", "running a TensorRT engine") from error
         trt = importlib.import_module(package)
+        if int(trt.__version__.partition(".")[0]) < _OLDEST:
+            raise BackendError(
+                f"tensorrt {trt.__version__} is too old: {_OLDEST} or later is needed",
+                "on a Jetson Orin: JetPack 6.1 or later",
+            )
+        if not model.is_file():
+            raise BackendError(f"tensorrt: no such file: {model}")
+        if cudart.device_count() < 1:
+            raise BackendError(f"tensorrt cannot run {model}: the CUDA driver shows no GPU")
+        kept = engines.Kept((trt.__version__, cudart.compute_capability(), cudart.driver()))
         batch = next(iter(shapes.values()))[0] if shapes else batch
-        plan, _, message = _build(package, model, batch=batch)
-        if plan is None:
-            raise BackendError(f"tensorrt refuses {model}: {message}")
-        engine = trt.Runtime(_logger(package)).deserialize_cuda_engine(plan)
-        if engine is None:
-            raise BackendError(f"tensorrt cannot load the engine of {model}: {_last_error(package)}")
-        return TensorRtSession(engine, trt, cuda)
+
+        def make() -> Any:
+            plan, _, message = engines.build(package, model, batch=batch, timing=kept.timing)
+            if plan is None:
+                raise BackendError(f"tensorrt refuses {model}: {message}")
+            return plan
+
+        def load(plan: bytes) -> TensorRtSession:
+            engine = trt.Runtime(engines.messages(package)).deserialize_cuda_engine(plan)
+            if engine is None:
+                raise BackendError(
+                    f"tensorrt cannot load the engine of {model}: {engines.last_error(package)}"
+                )
+            return TensorRtSession(engine, trt)
+
+        session: TensorRtSession = kept.engine(model, batch, make, load)
+        return session
 
     def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
         """Not available: the kernels are chosen on the device and are not read back yet.
@@ -199,7 +235,7 @@ def prove_build(model: Path, compute_capability: str) -> BuildProof:
         reason = f"{runtime} has no target of the generation of {target}; nothing was built"
         return BuildProof(None, runtime, target, "", False, None, 0.0, (), reason)
     started = time.perf_counter()
-    plan, warnings, message = _build("tensorrt_rtx", model, built=built)
+    plan, warnings, message = engines.build("tensorrt_rtx", model, built=built)
     seconds = time.perf_counter() - started
     told = f"parses and compiles for {built}"
     if built != target:
@@ -226,84 +262,6 @@ def _stand_in(trt: Any, compute_capability: str) -> str:
     return f"SM{max(same)}" if same else ""
 
 
-def _build(
-    package: str, model: Path, *, built: str = "", batch: int | None = None
-) -> tuple[Any, tuple[str, ...], str]:
-    """The serialized engine or None, the warnings, and what was wrong.
-
-    A warning about UINT8 counts as a refusal: the parser would read u8 as s8 and halve the clip range.
-    """
-    if not model.is_file():
-        raise BackendError(f"{package}: no such file: {model}")
-    trt = importlib.import_module(package)
-    logger = _logger(package)
-    logger.messages.clear()
-    builder = trt.Builder(logger)
-    typed = trt.NetworkDefinitionCreationFlag.__members__.get(
-        "STRONGLY_TYPED"
-    )  # later versions know no other
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
-    parser = trt.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(model))
-    if any(_FOREIGN_LOGGER in text for _, text in logger.messages):
-        raise BackendError(f"{package}: another logger is registered in this process, so warnings are lost")
-    refused = "" if parsed else _parser_errors(parser)
-    unsigned = [text for kind, text in logger.messages if kind == "WARNING" and "UINT8" in text]
-    plan = None
-    if not refused and unsigned:
-        refused = f"the graph has UINT8 tensors, which become INT8 silently: {unsigned[0]}"
-    if not refused:
-        config = builder.create_builder_config()
-        if built:
-            config.num_compute_capabilities = 1
-            config.set_compute_capability(getattr(trt.ComputeCapability, built), 0)
-        _add_profile(builder, network, config, batch)
-        plan = builder.build_serialized_network(network, config)
-        refused = "" if plan is not None else _last_error(package)
-    warnings = tuple(text for kind, text in logger.messages if kind == "WARNING")
-    return plan, warnings, refused
-
-
-def _add_profile(builder: Any, network: Any, config: Any, batch: int | None) -> None:
-    """Shapes for a dynamic batch: exactly `batch`, or 1 to 64 with 1 preferred."""
-    images = network.get_input(0)
-    shape = tuple(images.shape)
-    if -1 not in shape:
-        return
-    if -1 in shape[1:]:
-        raise BackendError(f"tensorrt: only the batch axis may be dynamic, got the input shape {shape}")
-    smallest, largest = (1, _MAX_BATCH) if batch is None else (batch, batch)
-    profile = builder.create_optimization_profile()
-    profile.set_shape(images.name, (smallest, *shape[1:]), (smallest, *shape[1:]), (largest, *shape[1:]))
-    config.add_optimization_profile(profile)
-
-
-def _parser_errors(parser: Any) -> str:
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = [f"{error.desc()} (node '{error.node_name()}', {error.node_operator()})" for error in errors]
-    return "; ".join(told) or "the parser refuses the file and gives no reason"
-
-
-def _last_error(package: str) -> str:
-    errors = [text for kind, text in _logger(package).messages if kind in {"ERROR", "INTERNAL_ERROR"}]
-    return errors[-1] if errors else "no reason given"
-
-
-@functools.cache
-def _logger(package: str) -> Any:
-    """The one logger of this process: TensorRT keeps the first that it sees and ignores later ones."""
-    base = importlib.import_module(package).ILogger
-
-    def prepare(self: Any) -> None:
-        base.__init__(self)
-        self.messages = []
-
-    def log(self: Any, severity: Any, text: str) -> None:
-        self.messages.append((severity.name, text))
-
-    return type("Messages", (base,), {"__init__": prepare, "log": log})()
-
-
 def _package() -> str:
     """ "tensorrt" or, when only that is installed, "tensorrt_rtx"."""
     for package in ("tensorrt", "tensorrt_rtx"):
@@ -319,15 +277,3 @@ def _package() -> str:
 
 def _has_gpu() -> bool:
     return any(Path(file).exists() for file in _GPU_FILES)
-
-
-def _cuda_call(cuda: Any, answer: tuple[Any, ...]) -> Any:
-    """The value of a CUDA runtime call.
-
-    Raises:
-        BackendError: the call failed.
-    """
-    status, *values = answer
-    if status != cuda.cudaError_t.cudaSuccess:
-        raise BackendError(f"CUDA: {status.name}")
-    return values[0] if values else None

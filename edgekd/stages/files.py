@@ -85,6 +85,10 @@ def _measured(variants: list[Variant], protocol: Protocol, model: Path, device: 
             "memory_mib": latency.memory_mib,
             "energy_mj": latency.energy_mj,
         }
+        if latency.device_p50_ms is not None:  # a GPU that times itself
+            found[key] |= {
+                name: getattr(latency, name) for name in ("device_p50_ms", "device_p90_ms", "layers_ms")
+            }
     return found | {"environment": told}
 
 

@@ -19,9 +19,10 @@ import pytest
 
 from edgekd import cli
 from edgekd.backends.feeds import external_files, image_feed
+from edgekd.backends.tensorrt import _has_gpu
 from edgekd.checking import CheckOrder, check_bundle
 from edgekd.cost import Roofline, cost_model
-from edgekd.errors import BackendError, DeviceError, StorageError, UsageError
+from edgekd.errors import BackendError, DeviceError, MissingExtraError, StorageError, UsageError
 from edgekd.gating.subject import resolve
 from edgekd.profiler import HERE, Device, Here, Protocol, Variant, evaluate, run_session
 from edgekd.remote import SshDevice, pooled, sensed, ssh_device
@@ -295,6 +296,14 @@ def test_a_missing_python_and_a_graph_that_is_refused_are_told(
         _session(server.device(), broken)
     with pytest.raises(BackendError, match=r"cannot read /absent\.onnx"):
         _session(server.device(), Path("/absent.onnx"))
+    assert _left(server) == []
+
+
+@pytest.mark.skipif(_has_gpu(), reason="has a GPU")
+def test_a_device_that_cannot_run_tensorrt_says_why(server: Server, model: Path) -> None:
+    variants = [Variant("trt", "tensorrt", str(model))]
+    with pytest.raises((BackendError, MissingExtraError), match=r"no NVIDIA GPU here|'tensorrt'"):
+        run_session(variants, protocol=QUICK, inputs=image_feed(SHAPE), device=server.device())
     assert _left(server) == []
 
 
