@@ -19,8 +19,10 @@ class Console:
             TextColumn("  {task.description:18}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+        self._progress = Progress(*columns, console=self.console, transient=True)
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Console:
@@ -33,9 +35,9 @@ class Console:
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def step(self, what: str, done: int, total: int) -> None:
+    def step(self, what: str, done: int, total: int, note: str = "") -> None:
         if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done, total=total)
+            self._tasks[what] = self._progress.add_task(what, total=total, note=note)
+        self._progress.update(self._tasks[what], completed=done, total=total, note=note)
         if done >= total:
             self._progress.remove_task(self._tasks.pop(what))

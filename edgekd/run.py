@@ -31,8 +31,8 @@ class Reporter(Protocol):
     def say(self, text: str) -> None:
         """One line."""
 
-    def step(self, what: str, done: int, total: int) -> None:
-        """Progress of something that takes more than two seconds."""
+    def step(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Progress of something that takes more than two seconds; `note` is how it stands."""
 
 
 class Silent:
@@ -40,7 +40,7 @@ class Silent:
 
     def say(self, text: str) -> None: ...
 
-    def step(self, what: str, done: int, total: int) -> None: ...
+    def step(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
 class Run:

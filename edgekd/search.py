@@ -90,7 +90,7 @@ def search(
     evaluate: Callable[[Sequence[Genome]], Sequence[Candidate]],
     limits: Limits,
     effort: Effort,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, front: None,
 ) -> Found:
     """The students found by an algorithm of `ALGORITHMS`; of a space of no more than `effort.evaluations`
     students all are evaluated. `evaluate` gets new genomes in batches, a generation at most.
@@ -118,7 +118,7 @@ def search(
             score = _objective(candidate, scale) if excess == 0 else _HOPELESS
             method.tell(candidate, score, excess)
         asked += len(genomes)
-        progress(asked, total)
+        progress(asked, total, front_in_words([candidate for _, candidate in met.values()], limits))
     found = list(met.values())
     return _conclude([candidate for _, candidate in found], [number for number, _ in found], limits)
 
@@ -271,6 +271,20 @@ def _front(points: list[tuple[float, float, int]]) -> tuple[int, ...]:
             best = score
             found.append(row)
     return tuple(found)
+
+
+def front_in_words(candidates: Sequence[Candidate], limits: Limits) -> str:
+    """How a search stands: how many candidates its front has, and from what to what they cost."""
+    usable = [candidate for candidate in candidates if candidate.terms and not candidate.excess(limits)]
+    if not usable:
+        return "none within the budget yet"
+    scores = rank_sum([candidate.terms for candidate in usable]).tolist()
+    front = _front(
+        [(_cost(each), score, row) for row, (each, score) in enumerate(zip(usable, scores, strict=True))]
+    )
+    ends = [_cost(usable[row]) for row in (front[0], front[-1])]
+    unit, scale = ("MMACs", 1e-6) if usable[0].latency_ms is None else ("ms", 1.0)
+    return f"front of {len(front)}: {ends[0] * scale:.3g} to {ends[1] * scale:.3g} {unit}"
 
 
 def choose(candidates: Sequence[Candidate], score: Sequence[float] | Values, rows: Sequence[int]) -> int:

@@ -165,7 +165,7 @@ class _Log:
     def say(self, text: str) -> None:
         append_text(self._path, text + "\n")
 
-    def step(self, what: str, done: int, total: int) -> None: ...
+    def step(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
 def _died(job: _Job) -> Swept:

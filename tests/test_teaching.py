@@ -42,7 +42,7 @@ class Watcher(Silent):
     def say(self, text: str) -> None:
         self.lines.append(text)
 
-    def step(self, what: str, done: int, total: int) -> None:
+    def step(self, what: str, done: int, total: int, note: str = "") -> None:
         if what == self._dies_in and done == self._at:
             raise Killed
 

@@ -51,7 +51,7 @@ def run(bench: Bench) -> dict[str, Any]:
                 Effort(
                     recipe.search.evaluations, recipe.search.population, recipe.seed, recipe.search.algorithm
                 ),
-                bench.counter("search students"),
+                lambda done, total, front: bench.run.reporter.step("search students", done, total, front),
             )
     finally:
         evaluate.close()

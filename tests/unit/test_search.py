@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edgekd.errors import InfeasibleBudgetError
-from edgekd.search import Candidate, Effort, Found, Genome, Limits, choose, search
+from edgekd.search import Candidate, Effort, Found, Genome, Limits, choose, front_in_words, search
 from edgekd.stages.search import _stored
 
 CHOICES = (4, 3, 2, 5, 3)
@@ -40,7 +40,7 @@ def run(evaluate: Any = candidate, limits: Limits = UNLIMITED, **changes: Any) -
         return [evaluate(genome) for genome in genomes]
 
     choices = options.pop("choices", CHOICES)
-    progress = options.pop("progress", lambda done, total: None)
+    progress = options.pop("progress", lambda done, total, front: None)
     return search(choices, batch, limits, Effort(**options), progress)
 
 
@@ -173,9 +173,19 @@ def test_a_child_differs_from_its_parent_in_one_gene() -> None:
         assert min(sum(a != b for a, b in zip(child, each, strict=True)) for each in known) == 1
 
 
+def test_progress_tells_the_front_that_the_search_ends_with() -> None:
+    told: list[str] = []
+    found = run(evaluations=24, progress=lambda done, total, front: told.append(front))
+    costs = [found.candidates[row].latency_ms or 0.0 for row in found.front]
+    assert told[-1] == f"front of {len(costs)}: {costs[0]:.3g} to {costs[-1]:.3g} ms"
+    assert front_in_words([], UNLIMITED) == "none within the budget yet"
+    one = candidate((1, 1, 1, 1, 1), latency_ms=None)
+    assert front_in_words([one], UNLIMITED) == "front of 1: 0.06 to 0.06 MMACs"
+
+
 def test_progress_counts_all_evaluations() -> None:
     seen: list[tuple[int, int]] = []
-    run(evaluations=24, progress=lambda done, total: seen.append((done, total)))
+    run(evaluations=24, progress=lambda done, total, _: seen.append((done, total)))
     assert seen == [(11, 24), (19, 24), (24, 24)]  # generation by generation, the first with its three starts
 
 

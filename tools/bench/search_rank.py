@@ -14,7 +14,7 @@ weights; students have weights of `--init`. Writes one JSON line an architecture
 a Markdown table: Kendall's tau on each ground truth; on the first one Spearman's rho, the share of pairs
 within 10 % of parameters and more than 0.3 points apart whose winner the score names, and rho with the
 parameters taken out. ms is CPU time of one thread for one architecture. Transformers see enlarged images, and
-no score with a teacher, which is a network for 32 pixels.
+no score with a teacher, which is a network for 32 pixels. `--plot` draws tau with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import torch
 from cifar_resnet import CifarResNet
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from search_plot import write
 from search_truth import CLASSES, VITS, Truth, images, nb201, resnets, vits
 from search_vits import enlarged
 from torch import Tensor, nn
@@ -135,9 +136,8 @@ def agreement(score: NDArray[np.float64], truth: NDArray[np.float64], rows: list
     }
 
 
-def summarise(rows: list[Row], name_of_truth: str, sums: Sequence[str]) -> list[Row]:
-    """One row for each score, and each sum of scores as ranks, against every ground truth."""
-    accuracy = {on: np.array([row["accuracy"][on] for row in rows]) for on in rows[0]["accuracy"]}
+def columns_of(rows: list[Row], sums: Sequence[str]) -> dict[str, tuple[NDArray[np.float64], float]]:
+    """Each score, and each sum of scores as ranks: its value for each architecture, and its mean ms."""
     columns: dict[str, tuple[NDArray[np.float64], float]] = {}
     for key in rows[0]["terms"]:
         cost = float(np.mean([row["ms"][key] for row in rows]))
@@ -147,10 +147,16 @@ def summarise(rows: list[Row], name_of_truth: str, sums: Sequence[str]) -> list[
         if all(name in columns for name in names):
             total = np.mean([ranks(columns[name][0]) for name in names], 0)
             columns[text] = (total, sum(columns[name][1] for name in names))
+    return columns
+
+
+def summarise(rows: list[Row], name_of_truth: str, sums: Sequence[str]) -> list[Row]:
+    """One row for each score, and each sum of scores as ranks, against every ground truth."""
+    accuracy = {on: np.array([row["accuracy"][on] for row in rows]) for on in rows[0]["accuracy"]}
     return [
         {"truth": name_of_truth, "score": name, "ms": cost}
         | {on: agreement(values, each, rows) for on, each in accuracy.items()}
-        for name, (values, cost) in columns.items()
+        for name, (values, cost) in columns_of(rows, sums).items()
     ]
 
 
@@ -184,6 +190,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where networks run; ms is CPU time all the same")
     parser.add_argument("--part", default="0/1", help="k/n: of every n architectures the k-th, from 0")
     parser.add_argument("--read", type=Path, nargs="+", help="measure nothing, summarise these files")
+    parser.add_argument(
+        "--plot", type=Path, help="an SVG file: tau on the first ground truth, with intervals"
+    )
     parser.add_argument("--out", type=Path, default=Path("search_rank.jsonl"))
     return parser.parse_args()
 
@@ -258,6 +267,11 @@ def main() -> None:
         file.write(json.dumps({"load_average_at_end": os.getloadavg()}) + "\n")
     print(f"{len(rows)} architectures, seed {arguments.seed}, load {os.getloadavg()[0]:.1f}\n")
     print(markdown(found, list(truth.accuracy)))
+    if arguments.plot:
+        on = next(iter(truth.accuracy))
+        columns = {name: values for name, (values, _) in columns_of(rows, arguments.sums).items()}
+        accuracy = np.array([row["accuracy"][on] for row in rows])
+        write(columns, accuracy, f"{len(rows)} {truth.name}, accuracy: {on}", arguments.seed, arguments.plot)
 
 
 if __name__ == "__main__":
