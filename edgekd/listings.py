@@ -61,6 +61,8 @@ def targets_show(name: str) -> None:
 @click.option("--on", "urls", multiple=True, metavar="ssh://USER@HOST",
               help="Devices of this kind; several share the work.  [default: this machine]")  # fmt: skip
 @click.option("--ssh-config", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--executor", default="local", show_default=True, metavar="local|dask://HOST:PORT",
+              help="A cluster: those of its workers share the work that are such a device.")  # fmt: skip
 @click.option("--space", default="mobile-cnn", show_default=True, help="Whose layers are measured.")
 @click.option("--image-size", default=32, show_default=True, type=click.IntRange(8))
 @click.option("--color", default="rgb", show_default=True, type=click.Choice(["rgb", "grey"]))
@@ -75,8 +77,11 @@ def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: 
 
     \b
     Example: edgekd targets calibrate rpi5 --on ssh://pi@board --image-size 96 --precision int8
+    Cluster: edgekd targets calibrate rpi5 --executor dask://HOST:8786      (docs/scale-out.md)
     """
-    from edgekd.profiler import HERE
+    from edgekd.cluster import cluster_devices
+    from edgekd.executor import Workers
+    from edgekd.profiler import HERE, Device
     from edgekd.remote import ssh_device
     from edgekd.spec import ModelSpec, Preprocessing
     from edgekd.stages.calibrate import Wanted, calibrate
@@ -85,13 +90,18 @@ def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: 
     target = find_target(name)
     measure, ssh_config, side = target.measure, given["ssh_config"], given["image_size"]
     card: dict[str, Any] = {"prepare": measure.prepare, "sensors": measure.sensors}
-    devices = [ssh_device(url, config=ssh_config, **card) for url in urls]
+    devices: list[Device] = [ssh_device(url, config=ssh_config, **card) for url in urls]
     channels = 3 if given["color"] == "rgb" else 1
     normal = Preprocessing(side, side, given["color"], (0.5,) * channels, (0.5,) * channels)
     spec = ModelSpec(normal, tuple(map(str, range(given["classes"]))))
     numbers = {key: given[key] for key in ("candidates", "networks", "seed")}
     wanted = Wanted(given["space"], spec, given["precision"], **numbers)
-    table = calibrate(target, devices or [HERE], wanted, lambda text: click.echo(f"  {text}", err=True))
+    with Workers(given["executor"]) as workers:
+        if not workers.here:
+            if devices:
+                raise click.UsageError("--on names devices, --executor a cluster that has them: give one")
+            devices = [*cluster_devices(workers, (target.id, *target.aliases), **card)]
+        table = calibrate(target, devices or [HERE], wanted, lambda text: click.echo(f"  {text}", err=True))
     told = {key: table[key] for key in ("path", "line")}
     told |= {key: table["header"][key] for key in ("device", "runtime")}
     told["layers"] = len(table["entries_ms"]) - 1

@@ -58,22 +58,27 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never an option of ssh
 _FILES = ("__init__.py", "errors.py", "runtime.py", "worker.py")
 
 
-@dataclass(frozen=True)
-class SshDevice:
-    """A machine by its address; `prepare` and `sensors` are commands of its card, run there."""
+class Remote:
+    """A machine that takes a shell script and its input, and gives what it prints. `prepare` and `sensors`
+    are commands of its card, run there."""
 
-    user: str
-    host: str
-    port: int | None = None
-    python: str = "python3"
-    config: Path | None = None  # of ssh; None: the user's own
-    prepare: tuple[str, ...] = ()
-    sensors: tuple[str, ...] = ()
+    python: str
+    prepare: tuple[str, ...]
+    sensors: tuple[str, ...]
 
     @property
     def name(self) -> str:
         """As a user writes it."""
-        return f"{self.user}@{self.host}" + (f":{self.port}" if self.port else "")
+        raise NotImplementedError
+
+    def send(self, script: str, sent: IO[bytes], timeout_s: float) -> subprocess.CompletedProcess[bytes]:
+        """Run the script there; its standard input is the file.
+
+        Raises:
+            DeviceError: it cannot be reached, or was lost on the way.
+            BackendError: no answer in time.
+        """
+        raise NotImplementedError
 
     def work(self, order: dict[str, Any], timeout_s: float) -> subprocess.CompletedProcess[bytes]:
         """See `edgekd.profiler.Device`.
@@ -85,18 +90,7 @@ class SshDevice:
         with tempfile.TemporaryFile() as sent:
             names = pack(order, sent)
             sent.seek(0)
-            try:
-                done = subprocess.run(
-                    [*self._ssh(), self._script(timeout_s)],
-                    stdin=sent,
-                    capture_output=True,
-                    timeout=timeout_s + _LOCK_S + 60,
-                    check=False,
-                )
-            except FileNotFoundError as error:
-                raise DeviceError("there is no program ssh here", "install OpenSSH's client") from error
-            except subprocess.TimeoutExpired as error:
-                raise BackendError(f"{self.name}: no answer within {error.timeout:g} s") from error
+            done = self.send(self._script(timeout_s), sent, timeout_s + _LOCK_S + 60)
         told = done.stderr.decode(errors="replace").strip()
         if done.returncode == 255 or done.returncode in _LEAVES or not done.stdout:
             raise self._refused(done.returncode, told)
@@ -106,13 +100,6 @@ class SshDevice:
         answer = self._told(files, names)
         code = done.returncode
         return subprocess.CompletedProcess(done.args, 128 - code if code > 128 else code, answer, done.stderr)
-
-    def _ssh(self) -> list[str]:
-        words = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", *_ALIVE]
-        words += ["-o", f"ConnectTimeout={_CONNECT_S}"]
-        words += ["-F", str(self.config)] if self.config else []
-        words += ["-p", str(self.port)] if self.port else []
-        return [*words, "-l", self.user, "--", self.host]
 
     def _script(self, timeout_s: float) -> str:
         """What runs there. The exit codes are those of `_LEAVES`, else the worker's."""
@@ -202,6 +189,39 @@ class SshDevice:
             if "power-mode" in read:
                 machine["power_mode"] = read["power-mode"].splitlines()
         return json.dumps(answer).encode()
+
+
+@dataclass(frozen=True)
+class SshDevice(Remote):
+    """A machine by its address."""
+
+    user: str
+    host: str
+    port: int | None = None
+    python: str = "python3"
+    config: Path | None = None  # of ssh; None: the user's own
+    prepare: tuple[str, ...] = ()
+    sensors: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.user}@{self.host}" + (f":{self.port}" if self.port else "")
+
+    def send(self, script: str, sent: IO[bytes], timeout_s: float) -> subprocess.CompletedProcess[bytes]:
+        words = [*self._ssh(), script]
+        try:
+            return subprocess.run(words, stdin=sent, capture_output=True, timeout=timeout_s, check=False)
+        except FileNotFoundError as error:
+            raise DeviceError("there is no program ssh here", "install OpenSSH's client") from error
+        except subprocess.TimeoutExpired as error:
+            raise BackendError(f"{self.name}: no answer within {error.timeout:g} s") from error
+
+    def _ssh(self) -> list[str]:
+        words = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", *_ALIVE]
+        words += ["-o", f"ConnectTimeout={_CONNECT_S}"]
+        words += ["-F", str(self.config)] if self.config else []
+        words += ["-p", str(self.port)] if self.port else []
+        return [*words, "-l", self.user, "--", self.host]
 
 
 def pack(order: dict[str, Any], to: IO[bytes]) -> dict[str, str]:
