@@ -65,6 +65,7 @@ class Stage:
     rate_key: str = ""  # recipe key of the learning rate; empty: NAME.learning_rate
     ranks: Ranks = ALONE
     before_step: Callable[[nn.Module, float], None] | None = None  # with the share of the steps done; CPU
+    on_epoch: Callable[[str, dict[str, float]], None] | None = None  # with the name and the history's row
 
     @property
     def batch(self) -> int:
@@ -319,6 +320,8 @@ class Loop:
             )
         row = self.ranks.of_first(row)
         self.history.append(row)
+        if stage.on_epoch is not None and self.ranks.first:
+            stage.on_epoch(stage.name, row)
         log.info("%s epoch %d: %s", stage.name, epoch + 1, row)
         if stage.checkpoint is not None and self.ranks.first:
             state = {

@@ -25,6 +25,7 @@ from edgekd.stages.refine import check_refinable
 from edgekd.stages.student import check_given
 from edgekd.stages.training_set import has_unlabelled
 from edgekd.target import find_target
+from edgekd.tracking import check_trackers, tracked
 
 
 def compress(
@@ -100,13 +101,15 @@ def run_pipeline(
         "gate": ({"gate": recipe.gate, "budget": recipe.budget, "machine": machine()}, (), gate.run),
         "bundle": ({}, ("6-bundle",), bundle.run),
     }
-    with ranks.dismissed(), run.locked():
+    with ranks.dismissed(), run.locked(), tracked(recipe, folder, run.reporter.say) as trackers:
+        run.on_epoch = trackers.epoch
         for name, (inputs, artefacts, work) in steps.items():
             run.stage(name, inputs, artefacts, lambda work=work: work(bench))  # type: ignore[misc]
             if name == last:
                 break
         run.save()
         write_reports(run.record, folder)
+        trackers.results(run.record)
     return run.record
 
 
@@ -138,6 +141,7 @@ def _check_names(recipe: Recipe) -> None:
 
     Raises:
         UsageError: names the unknown one and the nearest known one.
+        MissingExtraError: a tracker is not installed.
     """
     trainings = check_curriculum(recipe)
     check_refinable(recipe)
@@ -145,6 +149,7 @@ def _check_names(recipe: Recipe) -> None:
         taps = ("logits",) if recipe.teacher.source.endswith(".onnx") else TAPS
         for parts in trainings:
             refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=False)
+    check_trackers(recipe)
     proxy(recipe.search.score)
     calibrator(recipe.quantize.calibrator)
     scheme_for(find_target(recipe.target), recipe.quantize.learn_offsets)

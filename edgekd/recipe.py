@@ -172,6 +172,13 @@ class GateRecipe(_Strict, frozen=True):
     calls_per_round: _Count = 3
 
 
+class TrackRecipe(_Strict, frozen=True):
+    """Where else a run is told to; empty: nowhere. `mlflow`: an address, or a folder for its database."""
+
+    mlflow: str = ""
+    tensorboard: str = ""
+
+
 class Recipe(_Strict, frozen=True):
     """A whole run. Decoded strictly from TOML: an unknown key is an error. `executor`: where students are
     scored, see `edgekd.executor`; it changes no result."""
@@ -189,6 +196,7 @@ class Recipe(_Strict, frozen=True):
     quantize: QuantizeRecipe = QuantizeRecipe()
     profile: ProfileRecipe = ProfileRecipe()
     gate: GateRecipe = GateRecipe()
+    track: TrackRecipe = TrackRecipe()
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:

@@ -48,6 +48,7 @@ class Run:
 
     def __init__(self, folder: Path, recipe: Recipe, target: Target, reporter: Reporter) -> None:
         self.folder, self.recipe, self.target, self.reporter = folder, recipe, target, reporter
+        self.on_epoch: Callable[[str, dict[str, float]], None] | None = None
         self._path = folder / "record.json"
         self._environment = environment()
         self.record: dict[str, Any] = {}

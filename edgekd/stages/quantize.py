@@ -230,6 +230,7 @@ def _train(bench: Bench, graph: fx.GraphModule) -> list[dict[str, float]]:
             checkpoint=checkpoint,
             selection=bench.selection,
             before_step=freeze_after(freeze) if freeze < 1 else None,
+            on_epoch=bench.run.on_epoch,
         ),
         bench.run.reporter.step,
     )

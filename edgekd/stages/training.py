@@ -125,7 +125,8 @@ def train(
     for number, (phase, path) in enumerate(zip(phases, paths, strict=True), 1):
         lesson = course.lesson(phase, network)
         shown = f"{label} {number} of {len(phases)}" if several else label
-        rows = fit(course.stage(phase, lesson, name=shown, checkpoint=path), bench.run.reporter.step)
+        stage = course.stage(phase, lesson, name=shown, checkpoint=path)
+        rows = fit(replace(stage, on_epoch=bench.run.on_epoch), bench.run.reporter.step)
         network = lesson.deploy()
         done, part = len(history), {"phase": float(number)} if several else {}
         history += [row | part | {"epoch": done + row["epoch"]} for row in rows]
