@@ -29,7 +29,7 @@ class Listener(Silent):
     def say(self, text: str) -> None:
         self.lines.append(text)
 
-    def step(self, what: str, done: int, total: int) -> None:
+    def step(self, what: str, done: int, total: int, note: str = "") -> None:
         if what == "distill" and done == self._stop_at:
             raise KeyboardInterrupt
 
