@@ -38,7 +38,8 @@ _WIDTH = 13
 @click.option("--max-size-mib", type=click.FloatRange(0, min_open=True), help="Of the candidate's file.")
 @click.option("--max-p90-ms", type=click.FloatRange(0, min_open=True), help="Needs --target and that device.")
 @click.option("--target", help="Card of the device that --max-p90-ms is about.")
-@click.option("--on", metavar="ssh://USER@HOST", help="Measure on that device; see docs/remote.md.")
+@click.option("--on", "urls", multiple=True, metavar="ssh://USER@HOST",
+              help="Measure there; several of one kind share the sessions (docs/remote.md).")  # fmt: skip
 @click.option("--ssh-config", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Of ssh, in place of your own.")  # fmt: skip
 @click.option("--clock", default="cpu", show_default=True, type=click.Choice(["cpu", "wall"]))
@@ -124,26 +125,20 @@ def _compare(candidate: Path, reference: Path, given: dict[str, Any]) -> dict[st
     how = How(
         Protocol(threads=given["threads"], calls=3),
         given["clock"],
-        _device(given["on"], given["ssh_config"], limits.target),
+        _devices(given["urls"], given["ssh_config"], limits.target),
         kept=given["out"] and given["out"] / "sessions.jsonl",
         progress=lambda text: click.echo(f"edgekd gate: {text}", err=True),
     )
     return compare(sides[0], sides[1], limits, how, evaluation)
 
 
-def _device(url: str | None, config: Path | None, target: Any) -> Any:
+def _devices(urls: tuple[str, ...], config: Path | None, target: Any) -> tuple[Any, ...]:
     from edgekd.profiler import HERE
     from edgekd.remote import ssh_device
 
-    if url is None:
-        return HERE
     measure = target.measure if target is not None else None
-    return ssh_device(
-        url,
-        config=config,
-        prepare=measure.prepare if measure else (),
-        sensors=measure.sensors if measure else (),
-    )
+    card = {"prepare": measure.prepare, "sensors": measure.sensors} if measure else {}
+    return tuple(ssh_device(url, config=config, **card) for url in urls) or (HERE,)
 
 
 def _needs_data(given: dict[str, Any]) -> None:

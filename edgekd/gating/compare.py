@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,6 +24,7 @@ from edgekd.gating.absolute import absolute_check
 from edgekd.gating.accuracy import Evaluation, accuracy_checks
 from edgekd.gating.subject import Subject
 from edgekd.profiler import HERE, Device, Protocol, SessionResult, percentile, run_session
+from edgekd.remote import pooled
 from edgekd.target import Target, is_this_machine
 
 _FALL_BACKS = 5  # layers that stay in float, named in the note
@@ -44,12 +47,13 @@ class Limits:
 class How:
     """The protocol of a session (seeds are those of the limits), "cpu" or "wall" clock, and where.
 
-    Every session is added to the file `kept` as soon as it is measured.
+    Several devices of one kind share the sessions; one that is lost leaves its own to the others. Every
+    session is added to the file `kept` as soon as it is measured.
     """
 
     protocol: Protocol = field(default_factory=lambda: Protocol(calls=3))
     clock: str = "cpu"
-    device: Device = HERE
+    devices: tuple[Device, ...] = (HERE,)
     progress: Callable[[str], None] = lambda _: None
     kept: Path | None = None
 
@@ -70,7 +74,7 @@ def compare(
     _same_inputs(candidate, reference)
     sessions: list[SessionResult] = []
     if limits.max_p90_ms is not None:
-        _admissible(limits, how.device)
+        _admissible(limits, here=HERE in how.devices)
     found = _latency(candidate, reference, limits.latency, how, sessions)
     checks = [found.check(limits.latency.max_ratio)]
     if limits.max_p90_ms is not None and limits.target is not None:
@@ -79,11 +83,15 @@ def compare(
     if evaluation is not None:
         how.progress("accuracy")
         allowed = (limits.max_drop, limits.min_agreement)
-        lines, agreement = accuracy_checks(
-            candidate, reference, evaluation, allowed, how.protocol, how.device
-        )
+        lines, agreement = pooled(
+            how.devices,
+            [evaluation],
+            lambda device, samples: accuracy_checks(
+                candidate, reference, samples, allowed, how.protocol, device
+            ),
+        )[0]
         checks += lines
-    if how.device is HERE:
+    if HERE in how.devices:
         checks += candidate.golden_check("candidate")
     checks.append(_coverage(candidate, limits.min_coverage))
     checks.append(size_check(candidate.size_bytes, limits.max_size_mib, name="size"))
@@ -104,7 +112,7 @@ def compare(
         "checks": [check.record() for check in checks],
         "agreement": agreement,
         "models": {"candidate": candidate.record(), "reference": reference.record()},
-        "device": how.device.name,
+        "device": ", ".join(dict.fromkeys(device.name for device in how.devices)),
         **_told(sessions),
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -128,7 +136,7 @@ def _same_inputs(candidate: Subject, reference: Subject) -> None:
         )
 
 
-def _admissible(limits: Limits, device: Device) -> None:
+def _admissible(limits: Limits, *, here: bool) -> None:
     """An absolute limit is about a device, and holds on that device only.
 
     Raises:
@@ -139,12 +147,12 @@ def _admissible(limits: Limits, device: Device) -> None:
             "--max-p90-ms is an absolute limit: it needs the device that it is about",
             "add --target CARD, on that device or with --on ssh://…; --max-ratio needs no device",
         )
-    if device is HERE and not is_this_machine(limits.target):
+    if here and not is_this_machine(limits.target):
         raise UsageError(
             f"--max-p90-ms: this machine is not a {limits.target.description}",
             "measure there: --on ssh://user@host",
         )
-    if device is HERE and os.environ.get("CI", "") not in ("", "false", "0"):
+    if here and os.environ.get("CI", "") not in ("", "false", "0"):
         raise UsageError(
             "--max-p90-ms on a shared CI runner: its absolute times differ 4 to 10 fold between two runs",
             "measure on the device itself with --on ssh://…, or gate the ratio: --max-ratio",
@@ -157,13 +165,25 @@ def _latency(
     """The verdict; every session is added to the list."""
     variants = [reference.measured("ref"), reference.measured("aa"), candidate.measured("cand")]
 
-    def session(seed: int) -> LatencySession:
-        how.progress(f"session {len(sessions) + 1} of {limits.restarts} to {limits.looks[-1]}")
+    lock = threading.Lock()
+    started = itertools.count(1)
+
+    def measured(device: Device, seed: int) -> SessionResult:
+        with lock:
+            how.progress(f"session {next(started)} of {limits.restarts} to {limits.looks[-1]}")
         protocol = msgspec.structs.replace(how.protocol, seed=seed)
-        done = run_session(variants, protocol=protocol, inputs=reference.feeds, device=how.device)
-        sessions.append(done)
+        done = run_session(variants, protocol=protocol, inputs=reference.feeds, device=device)
         if how.kept is not None:
-            append_line(how.kept, {"device": how.device.name, "seed": seed, "session": done})
+            with lock:
+                append_line(how.kept, {"device": device.name, "seed": seed, "session": done})
+        return done
+
+    def session(seed: int) -> LatencySession:
+        first = limits.seed * 100
+        if seed - first == len(sessions):  # all of the look that it belongs to
+            upto = next(look for look in limits.looks if look > len(sessions))
+            sessions.extend(pooled(how.devices, range(seed, first + upto), measured))
+        done = sessions[seed - first]
         return LatencySession(*(round_values(done, name, how.clock) for name in ("ref", "aa", "cand")))
 
     return run_latency_gate(session, limits)

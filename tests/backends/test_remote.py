@@ -23,6 +23,8 @@ from edgekd.backends.tensorrt import _has_gpu
 from edgekd.checking import CheckOrder, check_bundle
 from edgekd.cost import Roofline, cost_model
 from edgekd.errors import BackendError, DeviceError, MissingExtraError, StorageError, UsageError
+from edgekd.gate import LatencyLimits
+from edgekd.gating.compare import How, Limits, compare
 from edgekd.gating.subject import resolve
 from edgekd.profiler import HERE, Device, Here, Protocol, Variant, evaluate, run_session
 from edgekd.remote import SshDevice, pooled, sensed, ssh_device
@@ -200,6 +202,26 @@ def test_the_gate_on_a_device_compares_accuracy_too(
     assert result["agreement"]["samples"] == 12
     kept = [json.loads(line) for line in (tmp_path / "out" / "sessions.jsonl").read_text().splitlines()]
     assert [line["seed"] for line in kept] == [0, 1]
+
+
+def test_devices_share_the_sessions_of_a_gate_and_a_lost_one_leaves_its_own_to_the_others(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    subject = resolve(model, runtime="", precision="f32", variant="", shapes={})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        devices = (server.device(port=probe.getsockname()[1]), server.device())
+        kept, good = tmp_path / "sessions.jsonl", devices[1].name
+        how = How(QUICK, devices=devices, kept=kept)
+        limits = Limits(LatencyLimits(max_ratio=9, restarts=3, max_restarts=3))
+        result = compare(subject, subject, limits, how)
+        lines = [json.loads(line) for line in kept.read_text().splitlines()]
+        assert result["restarts"] == 3
+        assert result["device"] == f"{devices[0].name}, {good}"
+        assert sorted(line["seed"] for line in lines) == [0, 1, 2]
+        assert {line["device"] for line in lines} == {good}
+        with pytest.raises(DeviceError, match="nothing listens there"):
+            compare(subject, subject, limits, How(QUICK, devices=devices[:1]))
 
 
 def test_several_devices_are_profiled_at_once_and_a_lost_one_loses_nothing(
