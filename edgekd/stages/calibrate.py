@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
+from edgekd import __version__
 from edgekd.cost import Line, calibrated_path, layer_key, sum_of_layers
 from edgekd.errors import DeviceError, UsageError
-from edgekd.files import write_json
+from edgekd.files import append_line, sha256_json, write_json
 from edgekd.layer_files import codes_of, input_of, one_layer
 from edgekd.profiler import HERE, Device, Protocol, Variant, time_layers
 from edgekd.ranking import Values, kendall_tau
@@ -48,11 +51,12 @@ def calibrate(
 ) -> dict[str, Any]:
     """Measure, write the table where the search finds it, and return it with the ``path``.
 
-    Several devices of one kind share the layers.
+    Several devices of one kind share the layers. When the last one is lost, the next call goes on with the
+    parts that were measured.
 
     Raises:
         UsageError: the target's runtime cannot be measured, or this machine is not the target.
-        DeviceError: a device is not the target, or none is left.
+        DeviceError: a device is not the target, or none is left, or they differ.
     """
     runtime = target.primary.runtime
     if runtime not in _RUNTIMES:
@@ -78,7 +82,7 @@ def calibrate(
             network = space.build(genome, torch.Generator().manual_seed(number))
             write_network(network, target, wanted.spec, wanted.precision, folder / f"n{number}.onnx")
             models[f"n{number}"] = ("float32", (1, *wanted.spec.input_shape))
-        times, machine = _measured(target, devices, models, folder, say)
+        times, machine = _measured(target, devices, models, folder, _Parts(target, wanted, say))
     entries = _entries(layers, times, clock)
     known = {  # networks that were measured, and all of their layers
         f"n{number}": shapes
@@ -102,6 +106,7 @@ def calibrate(
     }  # fmt: skip
     path = calibrated_path(target.id, wanted.precision)
     write_json(path, table)
+    _Parts(target, wanted, say).forget()
     return table | {"path": str(path)}
 
 
@@ -127,8 +132,45 @@ def _layer_models(target: Target, layers: dict[str, LayerShape], precision: str,
     return models
 
 
+class _Parts:
+    """What was measured of a table that is not complete yet, in a file beside it."""
+
+    def __init__(self, target: Target, wanted: Wanted, say: Callable[[str], None]) -> None:
+        self.say, self._runtime = say, target.primary.runtime
+        table = calibrated_path(target.id, wanted.precision)
+        self._path = table.with_name(f"{table.stem}-{sha256_json([__version__, wanted])[:12]}.parts")
+        self._lock = threading.Lock()
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """By the names of the models; a line that was cut off is left out."""
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except OSError:
+            return {}
+        found = {}
+        for line in lines:
+            try:
+                row = msgspec.json.decode(line)
+            except msgspec.DecodeError:
+                continue
+            found[" ".join(row["names"])] = row["found"]
+        return found
+
+    def keep(self, names: Sequence[str], found: dict[str, Any]) -> None:
+        with self._lock:
+            append_line(self._path, {"names": names, "found": found})
+
+    def forget(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def machine(self, part: dict[str, Any]) -> str:
+        """Device and runtime that a part was measured with."""
+        told = part["environment"]
+        return f"{told['devices'][self._runtime]}, {self._runtime} {told['versions'][self._runtime]}"
+
+
 def _measured(
-    target: Target, devices: Sequence[Device], models: _Models, folder: Path, say: Callable[[str], None]
+    target: Target, devices: Sequence[Device], models: _Models, folder: Path, kept: _Parts
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `time_layers` says of each model, and the machine. Each order has an empty call of its own; whole
     networks come first, beside layers."""
@@ -137,24 +179,36 @@ def _measured(
     chunk_size = _CHUNK_TENSORRT if runtime == "tensorrt" else _CHUNK
     count = max(len(devices), -(-len(names) // chunk_size))
     chunks = [["empty", *part.tolist()] for part in np.array_split(np.array(names), count) if len(part)]
-    done = 0
+    known = kept.read()
+    parts = {key: known[key] for key in map(" ".join, chunks) if key in known}
+    done = sum(len(key.split()) - 1 for key in parts)
+    if done:
+        kept.say(f"{done} of {len(names)} layers and networks were measured before")
 
-    def work(device: Device, chunk: list[str]) -> dict[str, Any]:
+    def work(device: Device, chunk: list[str]) -> None:
         nonlocal done
         variants = [Variant(name, runtime, str(folder / f"{name}.onnx")) for name in chunk]
         shapes = {name: models[name] for name in chunk}
         found = time_layers(variants, shapes, protocol=Protocol(), device=device)
         _is_the_target(target, device, found["environment"])
+        kept.keep(chunk, found)
+        parts[" ".join(chunk)] = found
         done += len(chunk) - 1
-        say(f"{done} of {len(names)} layers and networks measured")
-        return found
+        kept.say(f"{done} of {len(names)} layers and networks measured")
 
-    parts = pooled(devices, chunks, work)
+    pooled(devices, [chunk for chunk in chunks if " ".join(chunk) not in parts], work)
+    machines = {kept.machine(part) for part in parts.values()}
+    if len(machines) > 1:
+        kept.forget()
+        raise DeviceError(
+            f"the parts of the table come from different machines: {'; '.join(sorted(machines))}",
+            "one kind of device with one version of the runtime; the same command measures anew",
+        )
     times: dict[str, Any] = {}
-    for part in parts:
+    for part in parts.values():
         empty = part["times"]["empty"]
         times |= {name: row | {"empty": empty} for name, row in part["times"].items()}
-    return times, parts[0]["environment"]
+    return times, next(iter(parts.values()))["environment"]
 
 
 def _entries(layers: dict[str, LayerShape], times: dict[str, Any], clock: str) -> dict[str, float]:

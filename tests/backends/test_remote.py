@@ -265,6 +265,30 @@ def test_a_calibrated_table_is_what_the_search_uses(
     assert "edgekd targets calibrate x86-avx2" in caught.value.hint
 
 
+def test_a_table_goes_on_with_the_parts_that_a_lost_device_had_measured(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("edgekd.stages.calibrate._CHUNK", 8)
+    spec = ModelSpec(Preprocessing(16, 16, "rgb", (0.5,) * 3, (0.5,) * 3), ("a", "b"))
+    wanted, target = Wanted("mobile-cnn", spec, "fp32", candidates=1, networks=0), find_target("avx2")
+    lost = server.device(prepare=(f"[ ! -e {tmp_path}/once ] && touch {tmp_path}/once",))  # works one time
+    said: list[str] = []
+    with pytest.raises(DeviceError, match=r"measure\.prepare failed"):
+        calibrate(target, [lost], wanted, said.append)
+    (kept,) = (tmp_path / "edgekd").glob("*.parts")
+    (first,) = (json.loads(line) for line in kept.read_text().splitlines())
+    assert not list((tmp_path / "edgekd").glob("calibrated-*.json"))
+    with kept.open("a") as file:
+        file.write('{"names": ["empty", "l9')  # cut off
+    table = calibrate(target, [server.device()], wanted, said.append)
+    count = len(first["names"]) - 1
+    assert any(text.startswith(f"{count} of ") and text.endswith("were measured before") for text in said)
+    empty, entries = first["found"]["times"]["empty"]["cpu"], list(table["entries_ms"].values())
+    assert entries[0] == pytest.approx(max(1e-4, first["found"]["times"]["l0"]["cpu"] - empty))
+    assert not kept.exists()
+
+
 def test_another_device_than_the_cards_is_not_calibrated(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
