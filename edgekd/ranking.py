@@ -11,10 +11,11 @@ Values = NDArray[np.float64]
 
 
 def ranks(values: Sequence[float] | Values) -> Values:
-    """Ranks scaled to 0..1, ties by mean; higher is better."""
+    """Ranks scaled to 0..1, ties by mean; higher is better, NaN below all."""
     array = np.asarray(values, dtype=np.float64)
-    below = (array[:, None] > array[None]).sum(1) + 0.5 * ((array[:, None] == array[None]).sum(1) - 1)
-    scaled: Values = below / max(1, len(array) - 1)
+    _, place, counts = np.unique(array, return_inverse=True, return_counts=True)
+    below = (np.cumsum(counts) - counts + 0.5 * (counts - 1))[place]
+    scaled: Values = np.where(np.isnan(array), -0.5, below) / max(1, len(array) - 1)
     return scaled
 
 

@@ -103,7 +103,7 @@ def search(
     if total < math.prod(choices):
         method = ALGORITHMS[effort.algorithm](choices, population, effort.seed)
     met: dict[Genome, tuple[int, Candidate]] = {}  # generation and candidate
-    asked = 0
+    asked, front = 0, "none within the budget yet"
     reference: dict[Genome, Candidate] = {}
     while asked < total:
         genomes = method.ask(total - asked)
@@ -117,8 +117,10 @@ def search(
             scale = list(itertools.islice(reference.values(), population))  # the first generation, so far
             score = _objective(candidate, scale) if excess == 0 else _HOPELESS
             method.tell(candidate, score, excess)
-        asked += len(genomes)
-        progress(asked, total, front_in_words([candidate for _, candidate in met.values()], limits))
+        before, asked = asked, asked + len(genomes)
+        if before // population < asked // population or asked == total:  # once a generation
+            front = front_in_words([candidate for _, candidate in met.values()], limits)
+        progress(asked, total, front)
     found = list(met.values())
     return _conclude([candidate for _, candidate in found], [number for number, _ in found], limits)
 
