@@ -194,7 +194,7 @@ for _name, (_text, _files) in _STAGE_HELP.items():
 @click.option(
     "--compare-engines",
     is_flag=True,
-    help="Of MODEL, also candidates by onnxruntime and nncf.",
+    help="Of MODEL, also candidates by other quantizers that are installed.",
 )
 @click.option("--qat", is_flag=True, help="Of MODEL, also a candidate trained by the float graph.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes of --qat over the samples.  [default: 5]")

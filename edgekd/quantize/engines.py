@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import onnx
@@ -56,9 +57,29 @@ def _nncf(model: FloatModel, batches: Batches) -> onnx.ModelProto:
     return made
 
 
+def _torchao(model: FloatModel, batches: Batches) -> onnx.ModelProto:
+    made: onnx.ModelProto = _torch_engines().torchao(model, batches)
+    return made
+
+
+def _neural_compressor(model: FloatModel, batches: Batches) -> onnx.ModelProto:
+    made: onnx.ModelProto = _torch_engines().neural_compressor(model, batches)
+    return made
+
+
+def _torch_engines() -> ModuleType:
+    try:
+        from edgekd.quantize import torch_engines
+    except ImportError as error:
+        raise missing_extra("torch", "train", "an engine that quantizes torch modules") from error
+    return torch_engines
+
+
 _TABLE: dict[str, Callable[[FloatModel, Batches], onnx.ModelProto]] = {
     "onnxruntime": _onnxruntime,
     "nncf": _nncf,
+    "torchao": _torchao,
+    "neural-compressor": _neural_compressor,
 }
 
 
@@ -73,6 +94,7 @@ def run_engine(name: str, model: FloatModel, batches: Batches) -> onnx.ModelProt
     Raises:
         UsageError: no such engine.
         MissingExtraError: its package is not installed.
+        UnsupportedModelError: the graph has no torch form, which an engine for torch reads.
         BackendError: it failed on this model; the message is its own.
     """
     if name not in _TABLE:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgekd.errors import UnsupportedModelError
 from edgekd.quantize.places import Places
 from edgekd.quantize.quantizers import ActivationQuantizer, WeightQuantizer
-from edgekd.quantize.twin_operators import OPERATORS, Attributes
+from edgekd.quantize.twin_operators import DIRECTED, OPERATORS, Attributes
 from edgekd.quantize.writing import Codes, Numbers
 
 _TRAINED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LayerNormalization")
@@ -40,14 +40,14 @@ class Twin(nn.Module):
         unknown = sorted({node.op_type for node in graph.node} - OPERATORS.keys())
         if unknown or len(fed) != 1:
             reason = f"operators without a torch form: {', '.join(unknown)}" if unknown else (
-                f"{len(fed)} inputs ({', '.join(fed)}), and only networks of one are trained"
+                f"{len(fed)} inputs ({', '.join(fed)}), and only networks of one have one"
             )  # fmt: skip
             raise UnsupportedModelError(
-                f"--qat: the graph cannot be trained: {reason}", "leave --qat out: post-training works"
+                f"the graph has no torch form: {reason}", "leave --qat out: post-training works"
             )
         self._input, self._output = fed[0], graph.output[0].name
-        self._nodes = list(graph.node)
-        self._attributes = [_attributes(node) for node in graph.node]
+        self.nodes = list(graph.node)
+        self._attributes = [attributes_of(node) for node in graph.node]
         self._numbers: dict[str, int] = {}
         self.trained = nn.ParameterList()
         self._constants: dict[str, Tensor] = {}
@@ -59,6 +59,7 @@ class Twin(nn.Module):
                 self.trained.append(nn.Parameter(value))
             else:
                 self._constants[name] = value
+        self._lists = {name: value.tolist() for name, value in self._constants.items() if value.dim() < 2}
         self.activations, self.weights = nn.ModuleDict(), nn.ModuleDict()
         self._grid_of: dict[str, str] = {}
         self._weight_of: dict[str, tuple[str, int]] = {}
@@ -87,13 +88,20 @@ class Twin(nn.Module):
         for name, number in self._numbers.items():
             values[name] = self._rounded(name, self.trained[number])
         values[self._input] = self._read(self._input, inputs)
-        for node, attributes in zip(self._nodes, self._attributes, strict=True):
-            made = OPERATORS[node.op_type](attributes, [values[name] for name in node.input])
+        for node, attributes in zip(self.nodes, self._attributes, strict=True):
+            given: list[Any] = [values[name] for name in node.input]
+            if node.op_type in DIRECTED:
+                given[1:] = [self._lists.get(name, values[name]) for name in node.input[1:]]
+            made = self.run(node, attributes, given)
             for name, value in zip(node.output, made if isinstance(made, tuple) else (made,), strict=False):
                 values[name] = self._read(name, value)
         result = values[self._output]
         assert result is not None
         return result
+
+    def run(self, node: onnx.NodeProto, attributes: Attributes, given: list[Any]) -> Any:
+        """One node: a tensor, or a tuple of them."""
+        return OPERATORS[node.op_type](attributes, given)
 
     def _read(self, name: str, value: Tensor) -> Tensor:
         if name not in self._grid_of:
@@ -145,7 +153,8 @@ def _learnt(graph: onnx.GraphProto, stored: dict[str, onnx.TensorProto]) -> set[
     return found
 
 
-def _attributes(node: onnx.NodeProto) -> Attributes:
+def attributes_of(node: onnx.NodeProto) -> Attributes:
+    """Attributes by name, tensors as torch has them; and the number of outputs, which Split needs."""
     found: dict[str, Any] = {}
     for attribute in node.attribute:
         value = onnx.helper.get_attribute_value(attribute)

@@ -20,9 +20,22 @@ _TYPES = {
 }  # fmt: skip
 
 
+# Operators whose inputs but the first say how, not what; constants among them are passed as lists of numbers,
+# so that a trace of the graph sees no tensors that shapes depend on.
+DIRECTED = {
+    "Clip", "Expand", "Pad", "ReduceMax", "ReduceMean", "ReduceSum", "Reshape", "Resize", "Slice", "Split",
+    "Squeeze", "Unsqueeze",
+}  # fmt: skip
+
+
+def _list(value: Any) -> list[Any]:
+    made = value.tolist() if isinstance(value, Tensor) else value
+    return made if isinstance(made, list) else [made]
+
+
 def _refuse(what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"--qat: the graph cannot be trained: {what}", "leave --qat out: post-training works"
+        f"the graph has no torch form: {what}", "leave --qat out: post-training works"
     )
 
 
@@ -84,13 +97,13 @@ def _pool(a: Attributes, i: Inputs, largest: bool) -> Tensor:
 
 
 def _clip(a: Attributes, i: Inputs) -> Tensor:
-    low, high = (i[k] if len(i) > k else None for k in (1, 2))
-    return torch.clamp(i[0], low if low is not None else None, high if high is not None else None)
+    low, high = (_list(i[k])[0] if len(i) > k and i[k] is not None else None for k in (1, 2))
+    return torch.clamp(i[0], low, high)
 
 
 def _axes(a: Attributes, i: Inputs) -> list[int]:
     if len(i) > 1 and i[1] is not None:
-        return [int(axis) for axis in i[1].tolist()]
+        return [int(axis) for axis in _list(i[1])]
     return list(a.get("axes") or [])
 
 
@@ -103,7 +116,7 @@ def _reduce(run: Callable[..., Tensor]) -> Callable[[Attributes, Inputs], Tensor
 
 
 def _reshape(a: Attributes, i: Inputs) -> Tensor:
-    shape = [int(size) for size in i[1].tolist()]
+    shape = [int(size) for size in _list(i[1])]
     kept = [
         i[0].shape[axis] if size == 0 and not a.get("allowzero") else size for axis, size in enumerate(shape)
     ]
@@ -126,9 +139,9 @@ def _squeeze(a: Attributes, i: Inputs) -> Tensor:
 
 
 def _slice(a: Attributes, i: Inputs) -> Tensor:
-    starts, ends = i[1].tolist(), i[2].tolist()
-    axes = i[3].tolist() if len(i) > 3 and i[3] is not None else range(len(starts))
-    steps = i[4].tolist() if len(i) > 4 and i[4] is not None else [1] * len(starts)
+    starts, ends = _list(i[1]), _list(i[2])
+    axes = _list(i[3]) if len(i) > 3 and i[3] is not None else range(len(starts))
+    steps = _list(i[4]) if len(i) > 4 and i[4] is not None else [1] * len(starts)
     cut: list[slice] = [slice(None)] * i[0].dim()
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 0:
@@ -141,7 +154,7 @@ def _slice(a: Attributes, i: Inputs) -> Tensor:
 def _split(a: Attributes, i: Inputs) -> tuple[Tensor, ...]:
     axis, count = a.get("axis", 0), a["outputs"]
     size = -(-i[0].shape[axis] // count)
-    parts = i[1].tolist() if len(i) > 1 and i[1] is not None else size
+    parts = _list(i[1]) if len(i) > 1 and i[1] is not None else size
     made: tuple[Tensor, ...] = torch.split(i[0], parts, axis)
     return made
 
@@ -166,9 +179,9 @@ def _batch_norm(a: Attributes, i: Inputs) -> Tensor:
 def _pad(a: Attributes, i: Inputs) -> Tensor:
     if len(i) > 3 and i[3] is not None:
         raise _refuse("Pad of named axes")
-    pads, count = i[1].tolist(), i[0].dim()
+    pads, count = _list(i[1]), i[0].dim()
     flat = [part for axis in reversed(range(count)) for part in (pads[axis], pads[axis + count])]
-    value = float(i[2]) if len(i) > 2 and i[2] is not None else 0.0
+    value = float(_list(i[2])[0]) if len(i) > 2 and i[2] is not None else 0.0
     if a.get("mode", "constant") != "constant":
         if any(flat[4:]):
             raise _refuse(f"Pad by {a['mode']} of more than two axes")
@@ -185,7 +198,7 @@ def _resize(a: Attributes, i: Inputs) -> Tensor:
     if given is not None:
         size = [int(part) for part in given.tolist()[2:]]
     else:
-        size = [int(s * f) for s, f in zip(i[0].shape[2:], i[2].tolist()[2:], strict=True)]
+        size = [int(s * f) for s, f in zip(i[0].shape[2:], _list(i[2])[2:], strict=True)]
     whole = all(new % old == 0 for new, old in zip(size, i[0].shape[2:], strict=True))
     if mode == "nearest" and whole:
         return F.interpolate(i[0], size, mode="nearest")
@@ -247,7 +260,7 @@ OPERATORS: dict[str, Callable[[Attributes, Inputs], Tensor | tuple[Tensor, ...]]
     "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Concat": lambda a, i: torch.cat(list(i), a["axis"]),
     "Split": _split, "Slice": _slice, "Gather": _gather, "Pad": _pad, "Resize": _resize, "Cast": _cast,
     "Shape": lambda a, i: torch.tensor(i[0].shape[a.get("start", 0) : a.get("end")], dtype=torch.int64),
-    "Expand": lambda a, i: i[0] * torch.ones([int(s) for s in i[1].tolist()], dtype=i[0].dtype),
+    "Expand": lambda a, i: i[0] * torch.ones([int(s) for s in _list(i[1])], dtype=i[0].dtype),
     "Where": lambda a, i: torch.where(i[0], i[1], i[2]), "Identity": lambda a, i: i[0],
     "Constant": _constant, "LayerNormalization": _layer_norm, "BatchNormalization": _batch_norm,
     "InstanceNormalization": lambda a, i: F.instance_norm(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from edgekd.backends import Coverage, backend
-from edgekd.errors import BackendError, MissingExtraError
+from edgekd.errors import BackendError, MissingExtraError, UnsupportedModelError
 from edgekd.files import write_bytes, write_json, write_text
 from edgekd.profiler import Protocol, Variant, environment, measure
 from edgekd.quantize.engines import engine_names, run_engine
@@ -216,7 +216,7 @@ def _engines(job: Job, ours: list[Candidate], failed: dict[str, str]) -> list[Ca
     for name in engine_names():
         try:
             made = run_engine(name, job.model, lambda: job.batches(job.parts.calibration))
-        except (BackendError, MissingExtraError) as error:
+        except (BackendError, MissingExtraError, UnsupportedModelError) as error:
             failed[name] = error.message
             job.reporter.say(f"  engine {name}: {error.message}")
             continue

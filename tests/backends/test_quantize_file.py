@@ -425,7 +425,31 @@ def test_another_engine_is_a_row_and_a_failing_one_a_line(tmp_path: Path) -> Non
     assert theirs.keys() == {"onnxruntime-int8-by-onnxruntime", "openvino-int8-by-onnxruntime"}
     assert all(row["drop"] is not None and row["cpu_p50_ms"] > 0 for row in theirs.values())
     made = {row["engine"] for row in record["candidates"]}
-    assert ("nncf" in record["engines_failed"]) != ("nncf" in made)
+    for name in ("nncf", "torchao", "neural-compressor"):
+        assert (name in record["engines_failed"]) != (name in made)
+
+
+@pytest.mark.parametrize("name", ["torchao", "neural-compressor"])
+def test_an_engine_for_torch_quantizes_the_graph_under_its_own_names(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(name.replace("-", "_"))
+    model = load_float(cnn(tmp_path / "m.onnx"))
+    samples = load_samples(str(store_pictures(tmp_path / "d.npz")), model, Pixels())
+    made = engines.run_engine(name, model, lambda: samples.batches(np.arange(64), 16))
+    onnx.save(made, tmp_path / "q.onnx")
+    assert backend("openvino").coverage(tmp_path / "q.onnx").int8_macs == 1
+    assert (floats(tmp_path / "q.onnx").argmax(1) == floats(tmp_path / "m.onnx").argmax(1)).mean() > 0.9
+
+
+def test_a_graph_without_a_torch_form_is_a_line_for_engines_of_torch(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "c"),
+        helper.make_node("Round", ["a"], ["y"], "round"),
+    ]
+    path = save_model(nodes, {"w": np.ones((2, 3, 1, 1), "f4")}, tmp_path / "m.onnx")
+    feeds = {"x": np.ones((2, 3, SIZE, SIZE), "f4")}
+    with pytest.raises(UnsupportedModelError, match=r"no torch form: .*Round"):
+        engines.run_engine("torchao", load_float(path), lambda: iter([feeds]))
 
 
 def test_an_engine_that_raises_anything_is_told_by_its_own_message(

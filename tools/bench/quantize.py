@@ -1,6 +1,7 @@
 """Quantizers on the same networks, data and runtimes; and what a teacher adds to training at few bits.
 
     python tools/bench/quantize.py engines --seeds 3
+    python tools/bench/quantize.py engines --networks depthwise --images tinyimagenet20 --seeds 1 --qat 3
     python tools/bench/quantize.py bits --bits 4 3
 
 `engines`: post-training, `edgekd quantize MODEL.onnx --compare-engines` for each network and seed (the seed
@@ -8,7 +9,7 @@ draws the samples that calibrate, decide and report). `bits`: of the residual ne
 training on labels alone, and with the float network as a teacher; same images, order, rate and epochs.
 
 Expects the CIFAR-10 arrays and the weights of akamaster's ResNet-20 in --shared. Writes a JSON file and
-prints Markdown tables. nncf runs where it is installed; what is missing or fails is a line.
+prints Markdown tables. An engine that is not installed, or fails, is a line.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from edgekd.quantize.samples import Pixels
 from edgekd.quantize.scheme import scheme_for
 from edgekd.run import Silent
 from edgekd.spec import ModelSpec, Preprocessing
-from edgekd.stages.onnx_choice import Wanted
+from edgekd.stages.onnx_choice import Training, Wanted
 from edgekd.stages.quantize_file import quantize_file
 from edgekd.target import find_target
 from edgekd.tasks.classification import normalise
@@ -55,7 +56,7 @@ PLAN = Plan(channels_last=False)
 class Depthwise(nn.Module):
     """MobileNetV2-like: inverted residuals with ReLU6 at 32, 16 and 8 pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = len(CLASSES)) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()]
         width = 16
@@ -63,7 +64,7 @@ class Depthwise(nn.Module):
             layers.append(_Inverted(width, wider, stride))
             width = wider
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(width, len(CLASSES))
+        self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(F.adaptive_avg_pool2d(self.body(x), 1).flatten(1))
@@ -196,19 +197,27 @@ class Data:
     labels: Tensor
     test_images: np.ndarray  # (N, H, W, C)
     test_labels: np.ndarray
+    spec: ModelSpec
 
 
-def read(shared: Path, train: int, test: int) -> Data:
+IMAGES = {
+    "cifar10": ("cifar10_train_a25k_q95.npz", "cifar10_test.npz"),
+    "tinyimagenet20": ("tinyimagenet20_train.npz", "tinyimagenet20_val.npz"),
+}
+
+
+def read(shared: Path, train: int, test: int, images_of: str = "cifar10") -> Data:
     """The first images of both parts."""
     load = load_module(shared / "data" / "load_shared.py").images
-    images, labels, _ = load(shared / "data" / "cifar10_train_a25k_q95.npz")
+    images, labels, classes = load(shared / "data" / IMAGES[images_of][0])
     chosen = np.random.default_rng(0).permutation(len(images))[:train]
-    held, answers, _ = load(shared / "data" / "cifar10_test.npz")
+    held, answers, _ = load(shared / "data" / IMAGES[images_of][1])
     return Data(
         torch.from_numpy(np.ascontiguousarray(images[chosen].transpose(0, 3, 1, 2))),
         torch.from_numpy(labels[chosen].astype(np.int64)),
         held[:test],
         answers[:test].astype(np.int64),
+        ModelSpec(replace(SPEC.preprocessing, height=images.shape[1], width=images.shape[2]), tuple(classes)),
     )
 
 
@@ -223,7 +232,7 @@ def residual(shared: Path) -> nn.Module:
 
 def trained(model: nn.Module, data: Data, epochs: int) -> nn.Module:
     """`model` after a short training on labels."""
-    views = Views(data.images, SPEC.preprocessing, "crop-flip", 0, 0)
+    views = Views(data.images, data.spec.preprocessing, "crop-flip", 0, 0)
     fit(_stage(model, views, data.labels, None, epochs, 3e-3), lambda *_: None)
     return model.eval()
 
@@ -247,7 +256,7 @@ def _stage(
 
 def engines(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a network, seed, engine and runtime."""
-    data = read(arguments.shared, arguments.train, arguments.test)
+    data = read(arguments.shared, arguments.train, arguments.test, arguments.images)
     arguments.out.mkdir(parents=True, exist_ok=True)
     np.savez(arguments.out / "test.npz", images=data.test_images, labels=data.test_labels)
     rows = []
@@ -258,10 +267,10 @@ def engines(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             samples = arguments.out / "sentences.npz"
             text_model(arguments, path, samples)
         else:
-            kinds = {"depthwise": Depthwise, "vit": SmallViT}
+            made: nn.Module = SmallViT() if name == "vit" else Depthwise(len(data.spec.classes))
             given = name == "residual"
-            model = residual(arguments.shared) if given else trained(kinds[name](), data, arguments.epochs)
-            export.save(export.to_onnx(capture(model, SPEC.input_shape), SPEC), path)
+            model = residual(arguments.shared) if given else trained(made, data, arguments.epochs)
+            export.save(export.to_onnx(capture(model, data.spec.input_shape), data.spec), path)
         for seed in range(arguments.seeds):
             wanted = Wanted(
                 path,
@@ -271,6 +280,7 @@ def engines(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 Pixels(),
                 compare_engines=True,
                 seed=seed,
+                training=Training(arguments.qat) if arguments.qat else None,
             )
             record = quantize_file(wanted, Silent())
             rows += [row | {"network": name, "seed": seed} for row in record["candidates"]]
@@ -342,6 +352,10 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10000, help="training images")
     parser.add_argument("--test", type=int, default=3000, help="test images")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--qat", type=int, default=0, help="passes of `edgekd quantize --qat`; 0 is none")
+    parser.add_argument(
+        "--images", choices=IMAGES, default="cifar10", help="which set; weights are of cifar10"
+    )
     parser.add_argument(
         "--rate", type=float, default=5e-4, help="learning rate of quantization-aware training"
     )
