@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgekd.backends import Session, backend
+from edgekd.backends.feeds import TO_SHRINK, too_large
 from edgekd.errors import BackendError, MissingExtraError, TeacherError, missing_extra
 from edgekd.files import sha256_file, sha256_json
 from edgekd.nets import Outputs, count_macs, count_parameters, tapped_forward
@@ -224,6 +225,8 @@ def _transformers(name: str, recipe: TeacherRecipe) -> LoadedTeacher:
 def _onnx(path: Path) -> LoadedTeacher:
     if not path.is_file():
         raise TeacherError(f"teacher {path}: no such file")
+    if problem := too_large(path):
+        raise TeacherError(f"teacher {problem}", TO_SHRINK)
     import onnx
 
     try:

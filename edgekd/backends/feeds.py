@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgekd.errors import BackendError, UsageError, missing_extra
 
 _LARGEST = 2**31  # bytes of a protobuf message
+TO_SHRINK = "store large weights as external data"
 _AGAIN = "export the model again"
 _LARGEST_INDEX = 2  # random whole numbers of 32 and 64 bits are below this: they may be indices
 
@@ -75,6 +76,12 @@ def external_files(model: Path) -> tuple[Path, ...]:
     return files
 
 
+def too_large(model: Path) -> str:
+    """What is wrong with the size of an ONNX file, before it is read into memory; "" for nothing."""
+    size = model.stat().st_size
+    return f"{model} has {size} bytes; an ONNX file has less than {_LARGEST}" if size >= _LARGEST else ""
+
+
 def _read(model: Path) -> Any:
     """The model without its external data."""
     try:
@@ -83,11 +90,8 @@ def _read(model: Path) -> Any:
         raise missing_extra("onnx", "train", "reading an ONNX graph") from error
     undecodable = importlib.import_module("google.protobuf.message").DecodeError
     try:
-        if (size := model.stat().st_size) >= _LARGEST:
-            raise BackendError(
-                f"{model} has {size} bytes; an ONNX file has less than {_LARGEST}",
-                "store large weights as external data",
-            )
+        if problem := too_large(model):
+            raise BackendError(problem, TO_SHRINK)
         return onnx.load(model, load_external_data=False)
     except (OSError, undecodable) as error:
         raise BackendError(f"cannot read {model} as an ONNX model: {error}", _AGAIN) from error

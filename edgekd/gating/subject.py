@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgekd.backends import backend
 from edgekd.backends.feeds import Feed, external_files, read_feeds
+from edgekd.bundle import verify_bundle
 from edgekd.checks import Check, Verdict
 from edgekd.errors import BundleError, UsageError
 from edgekd.files import sha256_file
@@ -145,6 +146,8 @@ def resolve(
 
 def _from_bundle(folder: Path, runtime: str, variant: str) -> Subject:
     manifest = read_manifest(folder)
+    if problems := verify_bundle(folder):
+        raise BundleError(f"{folder}: {'; '.join(problems)}", "copy the bundle again")
     wanted = _wanted(manifest, runtime, variant, folder)
     try:
         loaded = load(folder, variant=wanted)

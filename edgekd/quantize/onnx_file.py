@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, shape_inference, version_converter
 
+from edgekd.backends.feeds import TO_SHRINK, too_large
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import BackendError, StorageError, UnsupportedModelError, UsageError
 from edgekd.files import sha256_file
@@ -97,6 +98,8 @@ def load_float(path: Path) -> FloatModel:
 
 def _read(path: Path) -> onnx.ModelProto:
     undecodable = importlib.import_module("google.protobuf.message").DecodeError
+    if problem := too_large(path):
+        raise UnsupportedModelError(problem, TO_SHRINK)
     try:
         model = onnx.load(path)
     except undecodable as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from dataclasses import replace
@@ -67,6 +68,10 @@ def _broken(folder: Path, what: str) -> Path:
     if what == "text":
         path.write_text("this is no model")
         return path
+    if what == "huge":
+        path.touch()
+        os.truncate(path, 2**31)  # sparse: nothing of it is read
+        return path
     if what == "quantized":
         model.graph.node.append(helper.make_node("QuantizeLinear", ["y", "fc.b"], ["z"], "late_q"))
     if what == "half":
@@ -86,6 +91,7 @@ def _broken(folder: Path, what: str) -> Path:
     [
         ("missing", UsageError, "no such file"),
         ("text", UnsupportedModelError, "not an ONNX model"),
+        ("huge", UnsupportedModelError, "has 2147483648 bytes; an ONNX file has less than"),
         ("quantized", UnsupportedModelError, "already quantized: 1 nodes of QuantizeLinear.*late_q"),
         ("half", UnsupportedModelError, "float16"),
         ("external", UnsupportedModelError, "further files"),

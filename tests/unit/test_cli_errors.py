@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +241,26 @@ def test_a_missing_package_names_its_install_command(
 )
 def test_a_teacher_that_is_none_is_refused(edgekd: Terminal, tiny: Tiny, source: str, text: str) -> None:
     edgekd("--teacher", source, "--data", tiny.data).says(12, text)
+
+
+def test_a_teacher_of_two_gibibytes_is_refused_without_reading_it(
+    edgekd: Terminal, tiny: Tiny, tmp_path: Path
+) -> None:
+    path = tmp_path / "huge.onnx"
+    path.touch()
+    os.truncate(path, 2**31)
+    edgekd("--teacher", path, "--data", tiny.data).says(12, "huge.onnx has 2147483648 bytes", "external data")
+
+
+@pytest.mark.parametrize("header", [2**31, 2**62])
+def test_weights_with_an_endless_header_are_refused(
+    edgekd: Terminal, tiny: Tiny, tmp_path: Path, header: int
+) -> None:
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(struct.pack("<Q", header) + b"{}")
+    edgekd(
+        "--teacher", "tiny_teacher:build", "--weights", path, "--data", tiny.data
+    ).says(12, "t.safetensors", "header too large", "damaged or not safetensors")  # fmt: skip
 
 
 # ---------------------------------------------------------------- storage and the rest
