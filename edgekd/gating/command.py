@@ -42,7 +42,8 @@ _WIDTH = 13
               help="Measure there; several of one kind share the sessions (docs/remote.md).")  # fmt: skip
 @click.option("--ssh-config", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Of ssh, in place of your own.")  # fmt: skip
-@click.option("--clock", default="cpu", show_default=True, type=click.Choice(["cpu", "wall"]))
+@click.option("--clock", type=click.Choice(["cpu", "wall", "device"]),
+              help="Device: CUDA events.  [default: cpu; of tensorrt device]")  # fmt: skip
 @click.option("--restarts", default=3, show_default=True, type=click.IntRange(2))
 @click.option("--max-restarts", default=9, show_default=True, type=click.IntRange(2))
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1))
@@ -124,7 +125,7 @@ def _compare(candidate: Path, reference: Path, given: dict[str, Any]) -> dict[st
     ]
     how = How(
         Protocol(threads=given["threads"], calls=3),
-        given["clock"],
+        given["clock"] or ("device" if sides[0].backend == "tensorrt" else "cpu"),
         _devices(given["urls"], given["ssh_config"], limits.target),
         kept=given["out"] and given["out"] / "sessions.jsonl",
         progress=lambda text: click.echo(f"edgekd gate: {text}", err=True),

@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class How:
-    """The protocol of a session (seeds are those of the limits), "cpu" or "wall" clock, and where.
+    """The protocol of a session (seeds are those of the limits), "cpu", "wall" or "device" clock, and where.
 
     Several devices of one kind share the sessions; one that is lost leaves its own to the others. Every
     session is added to the file `kept` as soon as it is measured.
@@ -190,9 +190,17 @@ def _latency(
 
 
 def round_values(session: SessionResult, variant: str, clock: str) -> NDArray[np.float64]:
-    """Median of each round's calls on a clock, ms."""
+    """Median of each round's calls on a clock, ms.
+
+    Raises:
+        UsageError: the runtime has no clock of its device.
+    """
     times = session.variants[variant]
-    calls = times.cpu_ms if clock == "cpu" else times.wall_ms
+    calls = {"cpu": times.cpu_ms, "wall": times.wall_ms, "device": times.device_ms}[clock]
+    if calls is None:
+        raise UsageError(
+            "--clock device: only tensorrt times itself, on a GPU", "--clock cpu, or wall on a quiet machine"
+        )
     return np.asarray(np.median(np.asarray(calls, dtype=np.float64), axis=1))
 
 

@@ -14,8 +14,9 @@ import pytest
 from edgekd import worker
 from edgekd.backends import cudart, engines
 from edgekd.backends.tensorrt import _has_gpu, _profiler
-from edgekd.errors import BackendError
-from edgekd.profiler import VariantTimes, latency
+from edgekd.errors import BackendError, UsageError
+from edgekd.gating.compare import round_values
+from edgekd.profiler import SessionResult, VariantTimes, latency
 
 from .small_models import residual_net
 
@@ -162,7 +163,13 @@ def test_times_of_the_gpu_stand_beside_those_of_the_wall() -> None:
     times = VariantTimes(1.0, 1.0, wall_ms=calls, cpu_ms=calls, device_ms=[[0.5] * 32, [0.7] * 32])
     found = latency(times, {})
     assert (found.wall_p50_ms, found.device_p50_ms, found.device_p90_ms) == (3.0, 0.7, 0.7)
-    assert latency(VariantTimes(1.0, 1.0, wall_ms=calls, cpu_ms=calls), {}).device_p50_ms is None
+    plain = VariantTimes(1.0, 1.0, wall_ms=calls, cpu_ms=calls)
+    assert latency(plain, {}).device_p50_ms is None
+    session = SessionResult({"gpu": times, "cpu": plain}, {})
+    assert round_values(session, "gpu", "device").tolist() == [0.5, 0.7]
+    assert round_values(session, "gpu", "wall").tolist() == [2.0, 3.0]
+    with pytest.raises(UsageError, match="--clock device: only tensorrt times itself"):
+        round_values(session, "cpu", "device")
 
 
 def test_throttling_events_of_a_jetson_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
