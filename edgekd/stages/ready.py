@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from edgekd import export
-from edgekd.errors import DataError, UnsupportedModelError
+from edgekd.errors import DataError, TeacherError, UnsupportedModelError
 from edgekd.files import sha256_json
 from edgekd.quantize.capture import capture
 from edgekd.recipe import TeacherRecipe
@@ -54,10 +55,15 @@ def ready_teacher(
     say: Callable[[str], None],
 ) -> Teacher:
     """The teacher with its ONNX form in `folder`, where it has one, in the fastest runtime that is faithful
-    on `inputs` (normalised); `threads` 0 is all that this process may use."""
+    on `inputs` (normalised); `threads` 0 is all that this process may use.
+
+    Raises:
+        TeacherError: a network that refuses images of this shape.
+    """
     teacher = Teacher(name, spec, loaded.sha256, loaded.size_mib, loaded.model, loaded.onnx)
     teacher.batch = loaded.batch
     if loaded.model is not None:
+        _takes(loaded.model, name, spec)
         path = folder / f"teacher-{sha256_json([loaded.sha256, spec])[:12]}.onnx"
         if not path.exists():
             try:
@@ -67,3 +73,18 @@ def ready_teacher(
         teacher.onnx = path if path.exists() else None
     use_fastest_runtime(teacher, inputs, threads or len(os.sched_getaffinity(0)))
     return teacher
+
+
+def _takes(model: nn.Module, name: str, spec: ModelSpec) -> None:
+    """A blank image through the network."""
+    shape = (1, *spec.input_shape)
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(shape))
+    except Exception as error:  # the user's code may raise anything
+        first = (str(error).splitlines() or [""])[0]
+        raise TeacherError(
+            f"the teacher '{name}' refuses float32 images of shape {shape}, which are those of the data: "
+            f"{type(error).__name__}: {first}",
+            "resize them to what it was trained on: --image-size N; its channels are those of the data",
+        ) from error

@@ -197,6 +197,21 @@ def _search(rng: random.Random) -> dict[str, Any]:
         "chosen": max(allowed, key=lambda i: candidates[i]["score"]),
         "by_macs": max(allowed, key=lambda i: candidates[i]["macs"]),
         "by_parameters": max(allowed, key=lambda i: candidates[i]["parameters"]),
+        "finalists": {
+            "device": CPU,
+            "clock": "cpu",
+            "precision": "int8",
+            "limit_ms": 0.14,
+            "rows": [
+                {
+                    "row": allowed[0],
+                    "predicted_ms": candidates[allowed[0]]["latency_ms"],
+                    "measured_ms": 0.123456,
+                    "within": True,
+                }
+            ],
+            "chosen_by_prediction": allowed[0],
+        },
         "latency_measured_ms": 0.171,
         "latency_measured_on": CPU,
     }

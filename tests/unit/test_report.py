@@ -411,3 +411,12 @@ def test_a_large_network_shows_its_most_sensitive_layers_and_all_that_are_float(
 def test_the_reason_for_what_is_shipped_is_on_the_page() -> None:
     record = sample_record.full_record()
     assert record["gate"]["reason"] in html_report(record)
+
+
+def test_a_finalist_tells_its_predicted_and_its_measured_latency() -> None:
+    record = sample_record.full_record()
+    page = html_report(record)
+    assert page.count("measured latency 0.123 ms") == 4  # two dots, at either latency, wide and narrow
+    assert "finalist at its measured latency" in page
+    record["metrics"]["search"]["finalists"] = None
+    assert "finalist at its measured latency" not in html_report(record)

@@ -1,0 +1,64 @@
+"""What a search looks at: images without labels, and a teacher that wants other images than the data's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgekd.errors import TeacherError
+from edgekd.nets import tapped_forward
+from edgekd.recipe import load_recipe
+from edgekd.spaces import search_space
+from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.stages.ready import ready_teacher
+from edgekd.stages.scorer import Scorer
+from edgekd.stages.search import scoring_batch
+from edgekd.teacher import LoadedTeacher
+
+SPEC = ModelSpec(Preprocessing(16, 16, "grey", (0.5,), (0.5,)), ("a", "b", "c"))
+SPACE = search_space("cifar-resnet", SPEC, 8, (3,))
+
+
+def _network() -> nn.Module:
+    return SPACE.build((0,) * len(SPACE.choices), torch.Generator().manual_seed(0)).eval()
+
+
+def test_a_search_on_images_without_labels_asks_the_teacher_and_scores() -> None:
+    network = _network()
+
+    def logits(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = network(inputs)
+        return found
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 1), dtype=np.uint8)
+    data = SimpleNamespace(train_images=images, train_labels=np.full(40, -1, np.int64))
+    recipe = load_recipe(None, {"search.batch_size": 16, "data.labelled_fraction": 0.5})
+    bench = SimpleNamespace(recipe=recipe, data=data, spec=SPEC, teacher=SimpleNamespace(logits=logits))
+    inputs, labels = scoring_batch(bench)  # type: ignore[arg-type]
+    assert torch.equal(labels, logits(inputs).argmax(1))
+    with torch.no_grad():
+        teacher = tapped_forward(network, inputs, 3)
+    for score in ("diswot", "nwot", "snip"):
+        terms = Scorer(SPACE, score, inputs, labels, teacher, 3, 0)((1,) + (0,) * (len(SPACE.choices) - 1))
+        assert terms
+        assert all(math.isfinite(value) for value in terms.values())
+
+
+def test_a_teacher_of_another_image_size_is_refused_with_the_sizes(tmp_path: Path) -> None:
+    """A classifier of flattened maps takes images of one size alone."""
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 32 * 32, 3))
+    loaded = LoadedTeacher(network, None, "0" * 64, 0.1)
+    inputs = torch.zeros(2, *SPEC.input_shape)
+    with pytest.raises(
+        TeacherError, match=r"'mine:big' refuses float32 images of shape \(1, 1, 16, 16\)"
+    ) as caught:
+        ready_teacher(loaded, "mine:big", SPEC, folder=tmp_path, inputs=inputs, threads=1, say=lambda _: None)
+    assert "--image-size" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
