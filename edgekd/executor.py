@@ -22,6 +22,7 @@ from edgekd import __version__
 from edgekd.errors import DeviceError, UsageError, missing_extra
 
 PATTERN = r"^(local(:[1-9][0-9]*)?|dask://[^/@ ]+:[0-9]+)$"
+FORMS = "local, local:PROCESSES or dask://HOST:PORT"
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 _CONNECT_S = 30
@@ -43,7 +44,7 @@ def scheduler_of(executor: str) -> str:
     """
     if not re.match(PATTERN, executor):
         raise UsageError(
-            f"--executor {executor}: expected local, local:PROCESSES or dask://HOST:PORT",
+            f"--executor {executor}: expected {FORMS}",
             "such as --executor local:4, --executor dask://192.168.1.7:8786",
         )
     return executor.removeprefix("dask://") if executor.startswith("dask://") else ""

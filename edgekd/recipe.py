@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edgekd.errors import RecipeError
-from edgekd.executor import PATTERN
+from edgekd.executor import FORMS, PATTERN
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -227,6 +227,7 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
         return msgspec.convert(raw, Recipe, strict=True)
     except msgspec.ValidationError as error:
         hint = _number_hint(overrides, str(error)) or "docs/recipe.md lists every key with its default"
+        hint = f"executor is {FORMS}" if "`$.executor`" in str(error) else hint
         raise RecipeError(f"{where}: {error}", hint) from error
 
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from samples import SHORT, Tiny
 
 from edgekd import executor
-from edgekd.errors import DeviceError, MissingExtraError, UsageError
+from edgekd.errors import DeviceError, MissingExtraError, RecipeError, UsageError
 from edgekd.executor import Workers, dask_client
 from edgekd.nets import Outputs
+from edgekd.pipeline import run_pipeline
+from edgekd.recipe import load_recipe, parse_override
 from edgekd.spaces import search_space
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.stages.scorer import OneThread, Scorer
@@ -75,6 +78,34 @@ def test_scores_are_those_of_one_process(spread: str) -> None:
         assert dict(workers.run(OneThread(score), GENOMES)) == alone
         assert dict(workers.run(OneThread(score), GENOMES[:1])) == {GENOMES[0]: alone[GENOMES[0]]}
     assert all(terms.keys() == {"relation", "semantic"} for terms in alone.values())
+
+
+def test_a_search_finds_the_same_everywhere_and_is_not_repeated_elsewhere(
+    spread: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.folder)
+    own = {"teacher.source": "tiny_teacher:build", "teacher.weights": str(tiny.weights), "target": "avx2"}
+    own |= dict(map(parse_override, SHORT)) | {"data.source": str(tiny.data)}
+    places = {"local": tmp_path / "here", spread: tmp_path / "there"}
+    found = {
+        place: run_pipeline(load_recipe(None, own | {"executor": place}), folder, last="search")
+        for place, folder in places.items()
+    }
+    here, there = (found[place]["metrics"]["search"] for place in places)
+    assert here["candidates"] == there["candidates"]
+    assert here["chosen"] == there["chosen"]
+    assert there["dropped"] == 0
+    again = run_pipeline(load_recipe(None, own), tmp_path / "there", last="search")
+    assert again["stages"]["search"]["resumed"] is True
+
+
+@pytest.mark.parametrize("text", ["local:0", "dask", "dask://host", "tcp://host:1", "local:two", ""])
+def test_an_executor_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"\$\.executor") as caught:
+        load_recipe(None, {"executor": text})
+    assert caught.value.hint == "executor is local, local:PROCESSES or dask://HOST:PORT"
+    with pytest.raises(UsageError, match="expected local, local:PROCESSES or dask://HOST:PORT"):
+        Workers(text)
 
 
 def test_work_that_kills_its_process_has_no_result_and_the_rest_has(mortal: str) -> None:
