@@ -9,9 +9,19 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("tensorrt_rtx")
 
+import torch
+from torch import nn
+
+from edgekd import export
 from edgekd.backends import backend
 from edgekd.backends.tensorrt import TensorRtBackend, _has_gpu, prove_build
 from edgekd.errors import BackendError
+from edgekd.quantize.capture import capture
+from edgekd.quantize.fakequant import activation_bits, calibrate, find_sites, insert, parameters_of
+from edgekd.quantize.lower import lower
+from edgekd.quantize.scheme import scheme_for
+from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.target import find_target
 
 from .small_models import residual_net, zero_u8_net
 
@@ -91,3 +101,21 @@ def test_without_a_gpu_nothing_runs(tmp_path: Path) -> None:
         engine.open(tmp_path / "m.onnx")
     with pytest.raises(BackendError, match="on the device"):
         engine.coverage(tmp_path / "m.onnx")
+
+
+def test_activations_of_4_bits_in_an_8_bit_container_build(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    spec = ModelSpec(Preprocessing(16, 16, "rgb", (0.0,) * 3, (1.0,) * 3), ("a", "b", "c", "d"))
+    graph, scheme = capture(model, spec.input_shape), scheme_for(find_target("jetson"))
+    sites = find_sites(graph, scheme)
+    bits = activation_bits(sites, 4, {})
+    grids = calibrate(graph, sites, [torch.randn(32, 3, 16, 16)], scheme, "mse", bits)
+    assert min(bits.values()) == 4
+    parameters = parameters_of(insert(graph, sites, grids, scheme).eval(), sites)
+    export.save(lower(export.to_onnx(graph, spec), parameters, sites, "int8"), tmp_path / "int8.onnx")
+    proof = prove_build(tmp_path / "int8.onnx", "8.7")
+    assert proof.ok is True and proof.warnings == ()
