@@ -157,6 +157,9 @@ def test_the_dockerfile_copies_all_that_its_commands_need(bundle: Path, tmp_path
     checks = [words[2:] for words in others if words[:2] == ["RUN", "python"]]
     assert checks == [["service.py", "--check"]]
     more = python_environment(tmp_path)
+    (install,) = [words[1:] for words in others if words[:2] == ["RUN", "pip"]]
+    told = done(sys.executable, "-m", *install, folder=image, PIP_NO_INDEX="1")  # offline: they are here
+    assert "Requirement already satisfied: onnxruntime>=" in told
     assert_check(done(sys.executable, *checks[0], folder=image, **more), "ort")
     started = next(ast.literal_eval(" ".join(words[1:])) for words in others if words[0] == "CMD")
     assert started[:2] == ["python", "service.py"]
