@@ -120,6 +120,15 @@ def _candidate_tooltip(candidate: Record, measured_ms: float | None) -> str:
     )
 
 
+def _measured_ms(search: Record) -> dict[int, float]:
+    """Latency of the finalists by row."""
+    return {
+        int(row): ms
+        for line in rows(dig(search, "finalists"), "rows")
+        if (row := number(line, "row")) is not None and (ms := number(line, "measured_ms")) is not None
+    }
+
+
 def search_scatter(record: Record) -> Markup:
     """Every candidate: predicted latency (or, without one, MACs) against its score."""
     search = dig(record, "metrics", "search")
@@ -136,11 +145,7 @@ def search_scatter(record: Record) -> Markup:
         return Markup()
     most = max((number(candidates[i], "macs") or 0.0 for i in points), default=0.0)
     most = most if most > 0 else 1.0
-    measured = {
-        int(row): ms
-        for line in rows(dig(search, "finalists"), "rows")
-        if (row := number(line, "row")) is not None and (ms := number(line, "measured_ms")) is not None
-    }
+    measured = _measured_ms(search)
     picks: dict[int, list[_Pick]] = {}
     for pick in _PICKS:
         index = number(search, pick.key)

@@ -84,15 +84,7 @@ def calibrate(
             models[f"n{number}"] = ("float32", (1, *wanted.spec.input_shape))
         times, machine = _measured(target, devices, models, folder, _Parts(target, wanted, say))
     entries = _entries(layers, times, clock)
-    known = {  # networks that were measured, and all of their layers
-        f"n{number}": shapes
-        for number, shapes in enumerate(map(space.layers, whole))
-        if f"n{number}" in times and all(shape.op == "add" or layer_key(shape) in entries for shape in shapes)
-    }
-    sums = [sum_of_layers(entries, shapes) for shapes in known.values()]
-    features = [Line.features(ms, shapes) for ms, shapes in zip(sums, known.values(), strict=True)]
-    turns = np.array([times[name][f"{clock}_turns"] for name in known])
-    line, validation = _validated(np.array(features), turns)
+    line, validation = _line(entries, times, list(map(space.layers, whole)), f"{clock}_turns")
     table = {
         "header": {
             "format": 3, "target": target.id, "precision": wanted.precision, "threads": 1, "clock": clock,
@@ -100,7 +92,7 @@ def calibrate(
             "space": wanted.space, "input": list(wanted.spec.input_shape),
         },
         "line": asdict(line),
-        "validation": validation | {"sums_ms": sums},
+        "validation": validation,
         "entries_ms": entries,
         "environment": machine,
     }  # fmt: skip
@@ -224,6 +216,21 @@ def _is_the_target(target: Target, device: Device, machine: dict[str, Any]) -> N
         raise DeviceError(
             f"{device.name} calls itself '{told}', the card is about '{wanted}'", "name the device's own card"
         )
+
+
+def _line(
+    entries: dict[str, float], times: dict[str, Any], whole: Sequence[tuple[LayerShape, ...]], turns: str
+) -> tuple[Line, dict[str, Any]]:
+    """The line of the networks that were measured with all of their layers, and how good it is."""
+    known = {
+        f"n{number}": shapes
+        for number, shapes in enumerate(whole)
+        if f"n{number}" in times and all(shape.op == "add" or layer_key(shape) in entries for shape in shapes)
+    }
+    sums = [sum_of_layers(entries, shapes) for shapes in known.values()]
+    features = [Line.features(ms, shapes) for ms, shapes in zip(sums, known.values(), strict=True)]
+    line, validation = _validated(np.array(features), np.array([times[name][turns] for name in known]))
+    return line, validation | {"sums_ms": sums}
 
 
 def fit(features: Values, measured: Values) -> Line:

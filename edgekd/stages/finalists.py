@@ -41,6 +41,11 @@ class Measured:
         """Rows that meet the limit."""
         return [row for row, ms in self.measured_ms.items() if self.limit_ms is None or ms <= self.limit_ms]
 
+    def error_percent(self, found: Found) -> float:
+        """Median distance of the predicted from the measured latency."""
+        pairs = ((found.candidates[row].latency_ms or 0.0, ms) for row, ms in self.measured_ms.items())
+        return 100 * float(np.median([abs(predicted / ms - 1) for predicted, ms in pairs]))
+
     def facts(self, found: Found) -> dict[str, Any]:
         """For the record."""
         rows = [

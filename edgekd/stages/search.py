@@ -64,6 +64,11 @@ def run(bench: Bench) -> dict[str, Any]:
         "_unverified": list(model.unverified),
     }
     metrics["search"]["left_out"] = missing
+    if measured is not None and model.error_percent is None:
+        metrics["search"]["cost_model"] |= {
+            "error_percent": measured.error_percent(found),
+            "note": f"{model.note}; error: that of the finalists, {len(measured.measured_ms)} measured",
+        }
     if recipe.search.refine:
         resolved = bench.run.record["recipe"]
         how = [resolved["distill"], resolved["data"], recipe.search.refine_epochs]
@@ -71,12 +76,18 @@ def run(bench: Bench) -> dict[str, Any]:
         row, facts = refine(bench, found, evaluate.scorer, key)
         metrics["search"] |= {"chosen": row, "chosen_without_refine": found.chosen, "refine": facts}
         metrics["search"] |= _remeasured(row, measured)
-    chosen = found.candidates[metrics["search"]["chosen"]]
+    _leave(bench, found, metrics["search"], model.kind)
+    return metrics
+
+
+def _leave(bench: Bench, found: Found, metrics: dict[str, Any], kind: str) -> None:
+    """Write ``2-student.json`` and say which student it is."""
+    chosen = found.candidates[metrics["chosen"]]
     restrictions = bench.run.target.space
     write_json(
         bench.run.folder / "2-student.json",
         {
-            "space": recipe.search.space,
+            "space": bench.recipe.search.space,
             "genome": list(chosen.genome),
             "channel_multiple": int(float(restrictions.channel_multiple.value)),
             "kernels": list(restrictions.kernels),
@@ -86,17 +97,14 @@ def run(bench: Bench) -> dict[str, Any]:
         },
     )
     latency = (
-        "latency unknown"
-        if chosen.latency_ms is None
-        else f"{chosen.latency_ms:.4f} ms predicted ({model.kind})"
+        "latency unknown" if chosen.latency_ms is None else f"{chosen.latency_ms:.4f} ms predicted ({kind})"
     )
-    done_ms = metrics["search"]["latency_measured_ms"]
+    done_ms = metrics["latency_measured_ms"]
     bench.run.reporter.say(
         f"  student: {chosen.parameters:,} parameters, {chosen.macs / 1e6:.2f} MMACs, {latency}"
         + (f", {done_ms:.4f} ms measured" if done_ms is not None else "")
         + f"; best of {len(found.candidates)} candidates"
     )
-    return metrics
 
 
 def _measurements(found: Found, predicted: int, measured: Measured | None) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def test_what_prediction_chose_stays_while_it_is_within(factor: dict[int, float]
     assert row == 5
     assert measured is not None
     assert set(measured.measured_ms) == {5, 4, 3}
+    assert measured.error_percent(population()) == pytest.approx(50.0)  # half of what was measured
     told = measured.facts(population())["rows"][0]
     assert (told["row"], told["within"]) == (5, True)
     assert [told["predicted_ms"], told["measured_ms"]] == pytest.approx([0.6, 1.2])
