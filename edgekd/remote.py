@@ -16,6 +16,7 @@ import subprocess
 import tarfile
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never an option of ssh
 _FILES = ("__init__.py", "errors.py", "runtime.py", "worker.py")
 
 
-class Remote:
+class Remote(ABC):
     """A machine that takes a shell script and its input, and gives what it prints. `prepare` and `sensors`
     are commands of its card, run there."""
 
@@ -67,10 +68,11 @@ class Remote:
     sensors: tuple[str, ...]
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """As a user writes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send(self, script: str, sent: IO[bytes], timeout_s: float) -> subprocess.CompletedProcess[bytes]:
         """Run the script there; its standard input is the file.
 
@@ -78,7 +80,6 @@ class Remote:
             DeviceError: it cannot be reached, or was lost on the way.
             BackendError: no answer in time.
         """
-        raise NotImplementedError
 
     def work(self, order: dict[str, Any], timeout_s: float) -> subprocess.CompletedProcess[bytes]:
         """See `edgekd.profiler.Device`.

@@ -70,6 +70,13 @@ def strings(node: Any, *path: str) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list | tuple) else []
 
 
+def load_average(environment: Record) -> str:
+    """Over 1, 5 and 15 minutes; empty when it was not recorded."""
+    found = dig(environment, "load_average")
+    loads = [value for value in found if isinstance(value, int | float)] if isinstance(found, list) else []
+    return " / ".join(f"{load:.1f}" for load in loads)
+
+
 def interval(node: Any, *path: str) -> tuple[float, float] | None:
     """The pair of finite bounds at ``path``, else ``None``."""
     value = dig(node, *path)
@@ -212,15 +219,17 @@ def backends(record: Record) -> dict[str, Record]:
 
 
 def primary(record: Record) -> Record:
-    """The variant of the target's own runtime, else of the runtime of the speed-up, else the first. Where the
-    shipped one is of the same runtime, it is that one."""
+    """The shipped variant, where the target's own runtime has a latency; else what there is of that runtime,
+    of the runtime of the speed-up, or of the first."""
     found = backends(record)
     shipped = [row for row in variants(record) if text(row, "id") == text(record, "gate", "shipped") != ""]
     wanted = (text(record, "target", "runtime"), text(record, "metrics", "speedup_over_teacher", "backend"))
     for name in (*wanted, *found):
         if name in found:
             same = [row for row in shipped if text(row, "backend") == name]
-            return {"backend": name, **(same[0] if same else found[name])}
+            known = number(found[name], "latency_p50_ms") is not None
+            first = same or (shipped if known else [])
+            return {"backend": name, **(first[0] if first else found[name])}
     return {}
 
 

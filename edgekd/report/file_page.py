@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgekd.report import facts
-from edgekd.report.facts import Record, dig, number, rows, strings, tables, text
+from edgekd.report.facts import Record, dig, number, rows, tables, text
 from edgekd.report.markup import Markup, embedded_json, join, table, tag
 from edgekd.report.sensitivity import file_sensitivity
 from edgekd.report.style import CSS, SCRIPT
@@ -46,7 +46,7 @@ def _sentence(record: Record) -> str:
         f"{text(record, 'model', 'path')} for {text(record, 'target', 'id')}; samples: {', '.join(counts)}; "
         f"limit {facts.significant(number(record, 'quality', 'max_drop_points'))} points of "
         f"{text(record, 'quality', 'kind')}. Measured on {text(environment, 'cpu') or 'this machine'}, load "
-        f"average {' / '.join(strings(environment, 'load_average')) or 'not recorded'}."
+        f"average {facts.load_average(environment) or 'not recorded'}."
     )
 
 

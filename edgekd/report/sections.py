@@ -231,7 +231,7 @@ def unverified_section(record: Record) -> Markup:
 def environment_section(record: Record) -> Markup:
     """Machine, packages, data, recipe, stage times."""
     environment, data = tables(record).get("environment", {}), dig(record, "metrics", "data")
-    loads = " / ".join(facts.strings(environment, "load_average"))
+    loads = facts.load_average(environment)
     packages = tables(record, "environment").get("packages", {})
     classes = facts.strings(data, "classes")
     shape = " × ".join(facts.strings(data, "shape"))

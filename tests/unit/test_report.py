@@ -386,11 +386,16 @@ def test_the_latency_at_the_top_is_that_of_the_shipped_variant() -> None:
         {"id": "openvino-int8", "backend": "openvino", "latency_p50_ms": 0.2, "latency_kind": "measured"},
         {"id": "openvino-bf16", "backend": "openvino", "latency_p50_ms": 0.1, "latency_kind": "measured"},
     ]
-    metrics = {"variants": rows, "backends": {"openvino": rows[0], "onnxruntime": {"latency_p50_ms": 0.3}}}
+    other = {"id": "onnxruntime-int8", "backend": "onnxruntime", "latency_p50_ms": 0.3}
+    metrics = {"variants": [*rows, other], "backends": {"openvino": rows[0], "onnxruntime": other}}
     record = {"target": {"runtime": "openvino"}, "metrics": metrics}
     assert primary(record)["id"] == "openvino-int8"
     assert primary(record | {"gate": {"shipped": "openvino-bf16"}})["latency_p50_ms"] == 0.1
-    assert primary(record | {"gate": {"shipped": "onnxruntime-int8"}})["id"] == "openvino-int8"
+    assert primary(record | {"gate": {"shipped": "onnxruntime-int8"}})["id"] == "onnxruntime-int8"
+    compiled = {"backend": "tensorrt", "reason": "compiled, not executed"}  # the target's runtime is not here
+    backends = {"openvino": rows[0], "onnxruntime": other, "tensorrt": compiled}
+    elsewhere = {"target": {"runtime": "tensorrt"}, "metrics": {"backends": backends, "variants": [other]}}
+    assert primary(elsewhere | {"gate": {"shipped": "onnxruntime-int8"}}) == compiled
 
 
 def test_bars_are_sorted_by_sensitivity_and_layers_in_float_stand_out() -> None:
