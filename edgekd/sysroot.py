@@ -25,7 +25,7 @@ from edgekd.files import cache_folder
 Say = Callable[[str], None]
 
 ARCHITECTURES = {"aarch64": ("arm64", 183)}  # its name in Debian, and in ELF headers (elf.h, EM_*)
-_SUITE, _MIRROR = "trixie", "http://deb.debian.org/debian"
+_SUITE, _MIRROR = "trixie", "EDGEKD_DEBIAN_MIRROR"  # the environment's
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 # What Python, numpy and onnxruntime load, and what those load.
 _ROOT = (
@@ -55,7 +55,8 @@ def prepare(arch: str, qemu_min: str, sysroot: Path | None, version: str | None,
         version: of onnxruntime. None: the one that is installed here, or the sysroot's own.
 
     Raises:
-        UsageError: an architecture that is not known, a sysroot or a version that cannot be used.
+        UsageError: an architecture that is not known, a sysroot or a version that cannot be used, no mirror
+            of Debian.
         MissingExtraError: a program that fetches is not installed.
         DeviceError: something could not be fetched.
         StorageError: the cache cannot be written.
@@ -157,17 +158,35 @@ def _here() -> str:
     return _run(["dpkg", "--print-architecture"], "asking for this machine's architecture").strip()
 
 
+def debian_mirror() -> str:
+    """Where Debian's packages come from: what the environment says, else the mirror of this system's own apt.
+
+    Raises:
+        UsageError: neither names one.
+    """
+    told = os.environ.get(_MIRROR, "")
+    if not told:
+        sites = _run(["apt-get", "indextargets", "--format", "$(SITE)"], "asking apt for its mirror").split()
+        told = next((site for site in sites if site.rstrip("/").endswith("/debian")), "none")
+    if not re.fullmatch(r"[a-z+]+://\S+", told):
+        raise UsageError(
+            f"no mirror of Debian: that of {_MIRROR} or of apt here is {told!r}",
+            f"{_MIRROR}=URL names one, {_OWN}",
+        )
+    return told
+
+
 def _debian(work: Path, arch: str, packages: Sequence[str], say: Say) -> list[Path]:
     """Packages of Debian, signatures checked, in ``work``; the system's own apt is not touched."""
     if not _KEYRING.is_file():
         raise MissingExtraError(
             f"Debian's keys are missing: {_KEYRING}", "apt-get install debian-archive-keyring"
         )
-    here, lists = _here(), work / "apt"
+    here, mirror, lists = _here(), debian_mirror(), work / "apt"
     for name in ("state/lists/partial", "cache/archives/partial", "debs"):
         (lists / name).mkdir(parents=True)
     (lists / "state/status").touch()
-    (lists / "sources.list").write_text(f"deb [signed-by={_KEYRING}] {_MIRROR} {_SUITE} main\n")
+    (lists / "sources.list").write_text(f"deb [signed-by={_KEYRING}] {mirror} {_SUITE} main\n")
     proxies = re.findall(
         r"^Acquire::\S*[Pp]roxy.*$", _run(["apt-config", "dump"], "apt-config"), re.MULTILINE
     )

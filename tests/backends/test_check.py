@@ -20,7 +20,7 @@ from edgekd.emulation import Emulated, emulated
 from edgekd.errors import BundleError, DeviceError, MissingExtraError, StorageError, UsageError
 from edgekd.profiler import HERE
 from edgekd.runtime import machine
-from edgekd.sysroot import found_qemu, python_of
+from edgekd.sysroot import debian_mirror, found_qemu, python_of
 from edgekd.target import find_target
 
 from .small_models import small_bundle
@@ -200,11 +200,32 @@ def test_no_network_is_told_and_nothing_is_left(
     """Every connection goes to a port on which nothing listens."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("EDGEKD_DEBIAN_MIRROR", "http://mirror.invalid/debian")
     with pytest.raises(DeviceError, match=r"fetching package lists failed: .*127\.0\.0\.1") as told:
         emulating()
     assert "is there a network?" in told.value.hint
     assert "about 20 MB" in capsys.readouterr().out
     assert list((tmp_path / "edgekd/emulation").iterdir()) == []
+
+
+def test_the_mirror_is_that_of_the_environment_or_of_apt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "apt-get"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("EDGEKD_DEBIAN_MIRROR", raising=False)
+    program.write_text("#!/bin/sh\necho 'https://a.invalid/x https://b.invalid/debian'\n")
+    program.chmod(0o755)
+    assert debian_mirror() == "https://b.invalid/debian"
+    program.write_text("#!/bin/sh\necho https://a.invalid/ubuntu\n")
+    with pytest.raises(UsageError, match="of apt here is 'none'") as told:
+        debian_mirror()
+    assert "EDGEKD_DEBIAN_MIRROR=URL" in told.value.hint
+    monkeypatch.setenv("EDGEKD_DEBIAN_MIRROR", "http://c.invalid/debian")
+    assert debian_mirror() == "http://c.invalid/debian"
+    monkeypatch.setenv("EDGEKD_DEBIAN_MIRROR", "http://c.invalid/a b\ndeb evil")
+    with pytest.raises(UsageError, match="no mirror of Debian"):
+        debian_mirror()
 
 
 def test_a_cache_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
