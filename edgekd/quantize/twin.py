@@ -66,9 +66,10 @@ class Twin(nn.Module):
 
     def quantize(self, places: Places, numbers: Numbers, weight_max: int) -> None:
         """Insert quantizers where `places` has them, starting from `numbers`."""
+        keys: dict[str, str] = {}  # names of modules, which hold no dots, by the tensor that owns the grid
         for name in places.tensors():
             root = places.root(name)
-            key = f"t{list(dict.fromkeys(map(places.root, places.tensors()))).index(root)}"
+            key = keys.setdefault(root, f"t{len(keys)}")
             if key not in self.activations:
                 self.activations[key] = ActivationQuantizer(numbers.grids[root])
             self._grid_of[name] = key
