@@ -46,9 +46,10 @@ from edgekd.sources import load_dataset
 from edgekd.spaces import search_space
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.stages.lesson import Classroom, Lesson, prepare
+from edgekd.stages.training import Taught, stage_of
 from edgekd.tasks.classification import normalise, to_tensor
 from edgekd.teacher import Teacher, load_teacher, use_fastest_runtime
-from edgekd.train import Stage, fit
+from edgekd.train import fit
 from edgekd.views import CachedTeacher, Views
 
 STUDENTS = {
@@ -138,21 +139,9 @@ class Edgekd:
         begin = time.process_time()
         teacher.of(views.of_epoch(0))
         stored = time.process_time()
-        stage = Stage(
-            name="distill",
-            model=self.lesson.model,
-            views=views,
-            labels=room.labels,
-            teacher=teacher,
-            distillers=self.lesson.distillers,
-            epochs=1,
-            batch_size=recipe.batch_size,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            ema_decay=recipe.ema_decay,
-            seed=room.seed,
-            plan=self.plan,
-        )
+        taught = Taught(views, room.labels, teacher)
+        once = with_fields(recipe, epochs=1)
+        stage = stage_of("distill", once, self.lesson, taught, room.seed, self.plan)
         fit(stage, lambda what, done, total: None)
         self.training.append(time.process_time() - stored)
         self.storing.append(stored - begin)
