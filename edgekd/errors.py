@@ -119,7 +119,7 @@ def unknown_name(kind: str, got: str, known: Iterable[str]) -> tuple[str, str]:
     """Message and hint for a name that is not in a table, with the nearest known name."""
     names = sorted(known)
     near = difflib.get_close_matches(got, names, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"choose one of: {', '.join(names)}"
+    hint = f"did you mean '{near[0]}'?" if near else "choose one of those"
     return f"unknown {kind} '{got}'; known: {', '.join(names)}", hint
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.errors import UsageError, unknown_name
+from edgekd.errors import RecipeError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from edgekd.target import Target
 
 
 @click.group()
@@ -37,6 +41,7 @@ def targets_list(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows))
         return
+    click.echo(f"{'id':22} {'names':18} {'runtime':15} {'dialect':13} device")
     for row in rows:
         here = "  (this machine)" if row["this_machine"] else ""
         names = ", ".join(row["aliases"]) or "-"
@@ -47,13 +52,74 @@ def targets_list(as_json: bool) -> None:
 
 @targets.command("show")
 @click.argument("name")
-def targets_show(name: str) -> None:
-    """A card with the source and confidence of every number. Example: edgekd targets show jetson"""
+@click.option("--json", "as_json", is_flag=True, help="Print every key of the card as JSON.")
+def targets_show(name: str, as_json: bool) -> None:
+    """A card with the source and confidence of every number; a shipped one, or a path.
+
+    \b
+    Example: edgekd targets show jetson
+    A card of your own: edgekd targets show ./my-board.toml
+    """
     import msgspec
 
+    from edgekd.target import find_target, is_this_machine, quantities
+
+    card = find_target(name)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(card), indent=2).decode())
+        return
+    click.echo(f"{card.id}: {card.description}")
+    told = {
+        "names": ", ".join(card.aliases) or "-",
+        "class": card.device_class,
+        "dialect": f"{card.quant.dialect} ({card.quant.confidence}: {card.quant.source})",
+        "runtimes": ", ".join(f"{unit.runtime} on {unit.unit}" for unit in card.compute),
+        "precisions": ", ".join(card.primary.precisions),
+        "refused": ", ".join((*card.primary.unsupported, *card.space.forbidden_ops)) or "-",
+        "layer table": card.calibration.layer_lut or "none in the card (edgekd targets calibrate)",
+        "this machine": "yes" if is_this_machine(card) else "no",
+    }
+    for key, text in told.items():
+        click.echo(f"  {key:13} {text}")
+    rows = quantities(card)
+    width = max(len(key) for key, _ in rows)
+    click.echo(f"numbers: {_by_confidence(card)}")
+    for key, one in rows:
+        value = f"{one.value:g}" if isinstance(one.value, float) else str(one.value)
+        mode = f" [{one.mode}]" if one.mode else ""
+        click.echo(f"  {key:{width}} {value:>9}  {one.confidence:10} {one.source}{mode}")
+
+
+def _by_confidence(card: Target) -> str:
+    """How many numbers of a card are of each confidence: "19 (5 policy, 14 unverified)"."""
+    from edgekd.target import quantities
+
+    counts = Counter(one.confidence for _, one in quantities(card))
+    return f"{counts.total()} ({', '.join(f'{n} {kind}' for kind, n in sorted(counts.items()))})"
+
+
+@targets.command("validate")
+@click.argument("names", metavar="CARD...", nargs=-1, required=True)
+def targets_validate(names: tuple[str, ...]) -> None:
+    """Check cards against the schema and its rules; leaves with 10 when one breaks them.
+
+    \b
+    Example: edgekd targets validate my-board.toml other-board.toml
+    """
     from edgekd.target import find_target
 
-    click.echo(msgspec.json.format(msgspec.json.encode(find_target(name)), indent=2).decode())
+    failed: list[RecipeError] = []
+    for name in names:
+        try:
+            card = find_target(name)
+        except RecipeError as error:
+            failed.append(error)
+        else:
+            click.echo(f"ok: {card.id}: {card.description}; numbers: {_by_confidence(card)}")
+    for error in failed[:-1]:
+        click.echo(f"edgekd: {error.message}", err=True)
+    if failed:
+        raise failed[-1]
 
 
 @targets.command("calibrate")

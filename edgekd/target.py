@@ -66,8 +66,8 @@ def load_card(path: Path) -> Target:
         card = msgspec.convert(raw, Target, strict=True)
     except msgspec.ValidationError as error:
         raise RecipeError(f"target card {path}: {_explain(str(error), raw)}", _HINT) from error
-    for key, message in _problems(card, path.stem):
-        raise RecipeError(f"target card {path}: key '{key}': {message}", _HINT)
+    if problems := [f"key '{key}': {message}" for key, message in _problems(card, path.stem)]:
+        raise RecipeError(f"target card {path}: {'; '.join(problems)}", _HINT)
     return card
 
 
