@@ -116,8 +116,8 @@ def targets_validate(names: tuple[str, ...]) -> None:
             failed.append(error)
         else:
             click.echo(f"ok: {card.id}: {card.description}; numbers: {_by_confidence(card)}")
-    for error in failed[:-1]:
-        click.echo(f"edgekd: {error.message}", err=True)
+    for one in failed[:-1]:
+        click.echo(f"edgekd: {one.message}", err=True)
     if failed:
         raise failed[-1]
 
