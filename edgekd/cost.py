@@ -39,8 +39,11 @@ class CostModel(Protocol):
 
     kind: str
     device: str
-    note: str
     error_percent: float | None
+
+    @property
+    def note(self) -> str:
+        """How it predicts, in words."""
 
     @property
     def unverified(self) -> tuple[str, ...]:
@@ -280,7 +283,7 @@ class CalibratedTable:
         self._line = Line(**stored["line"])
         self._roofline = Roofline(target, precision)
         self.device, self.error_percent = header["device"], stored["validation"].get("median_error_percent")
-        self.note = f"sum of layers measured one by one on {self.device} with {header['runtime']}"
+        self._note = f"sum of layers measured one by one on {self.device} with {header['runtime']}"
         ratios = [
             entry / estimate
             for key, entry in self._entries.items()
@@ -289,6 +292,13 @@ class CalibratedTable:
         ]
         self._correction = float(np.median(ratios)) if ratios else None
         self.missing: set[str] = set()
+
+    @property
+    def note(self) -> str:
+        """How it predicts, and how many layers it met that were not measured."""
+        if not self.missing:
+            return self._note
+        return f"{self._note}; {len(self.missing)} layers that the table lacks are estimates from the card"
 
     @property
     def unverified(self) -> tuple[str, ...]:

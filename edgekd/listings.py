@@ -134,7 +134,13 @@ def targets_validate(names: tuple[str, ...]) -> None:
 @click.option("--color", default="rgb", show_default=True, type=click.Choice(["rgb", "grey"]))
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(2))
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "int8"]))
-@click.option("--candidates", default=60, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--candidates",
+    default=2000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Students with these layers.",
+)
 @click.option("--networks", default=18, show_default=True, type=click.IntRange(0))
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--json", "as_json", is_flag=True)

@@ -256,8 +256,10 @@ def test_a_calibrated_table_is_what_the_search_uses(
     found = model.predict((known,)).latency_ms
     assert found == pytest.approx(table["entries_ms"]["empty"] + entry)
     assert model.unverified == ()
+    assert "lacks" not in model.note
     foreign = model.predict((known, replace(known, channels_out=977))).latency_ms
     assert (foreign is None) == (Roofline(target, "fp32").predict((known,)).latency_ms is None)
+    assert "1 layers that the table lacks are estimates" in model.note
     path = Path(table["path"])
     path.write_text(path.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
     with pytest.raises(StorageError, match="its header says") as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from edgekd.backends import backend
-from edgekd.cost import Line
+from edgekd.cost import Line, layer_key
 from edgekd.ranking import Values
 from edgekd.spaces import search_space
 from edgekd.spec import ModelSpec, Preprocessing
-from edgekd.stages.calibrate import drawn, fit
+from edgekd.stages.calibrate import Wanted, drawn, fit
 from edgekd.stages.untrained import write_network
 from edgekd.target import find_target
 
@@ -86,3 +87,18 @@ def test_an_int8_network_is_quantized_for_its_target(name: str, dtype: str, tmp_
     assert types == {dtype}
     logits = backend("onnxruntime").open(path).run(np.zeros((1, *SPEC.input_shape), np.float32))
     assert logits.shape == (1, 2)
+
+
+def test_the_default_number_of_students_shows_nearly_all_layers_of_a_space() -> None:
+    spec = ModelSpec(Preprocessing(32, 32, "rgb", (0.5,) * 3, (0.5,) * 3), ("a", "b"))
+    space = search_space("mobile-cnn", spec, 8, (3, 5))
+
+    def layers_of(genomes: Iterable[tuple[int, ...]]) -> set[str]:
+        shapes = (layer for genome in genomes for layer in space.layers(genome))
+        return {layer_key(layer) for layer in shapes}
+
+    table = layers_of(drawn(space.choices, Wanted("mobile-cnn", spec, "int8").candidates, 0))
+    rng = np.random.default_rng(1)
+    met = [layers_of([tuple(int(rng.integers(n)) for n in space.choices)]) for _ in range(200)]
+    lacking = sum(len(each - table) for each in met) / sum(map(len, met))
+    assert lacking < 0.01
