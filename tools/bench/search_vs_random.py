@@ -2,10 +2,10 @@
 
     python tools/bench/search_vs_random.py --run runs/jetson --random 5 --epochs 15 --seeds 0 1 2
 
-The run's folder must hold a finished search. Rivals: the candidates of its search with the most
-multiply-accumulates and with the most parameters within the budget, random students drawn uniformly from the
-same space that meet the budget and are within 10 % of the chosen student's predicted latency, and the widest
-MobileNetV2 that meets the budget. Prints a line per training as it ends, then a table with 95 % t intervals
+The run's folder must hold a finished search; one with `search.refine` has two students of its own. Rivals: the
+candidates of its search with the most multiply-accumulates and with the most parameters within the budget,
+random students drawn uniformly from the same space that meet the budget and are within 10 % of the chosen
+student's predicted latency, and the widest MobileNetV2 that meets the budget. Prints a line per training as it ends, then a table with 95 % t intervals
 over the seeds and a JSON line. On a CUDA device all train side by side.
 """
 
@@ -79,7 +79,10 @@ class Rivals:
         """The searched student first."""
         model = cost_model(self.bench.run.target, executed_precision(self.bench))
         space, rows = self.bench.space, self._found["candidates"]
-        named = {"searched": "chosen", "most MACs": "by_macs", "most parameters": "by_parameters"}
+        named = {"searched": "chosen"}
+        if "chosen_without_refine" in self._found:
+            named = {"searched, second stage": "chosen", "searched": "chosen_without_refine"}
+        named |= {"most MACs": "by_macs", "most parameters": "by_parameters"}
         students = []
         for name, key in named.items():
             genome = tuple(rows[self._found[key]]["genome"])
