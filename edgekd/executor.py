@@ -51,11 +51,14 @@ def scheduler_of(executor: str) -> str:
 
 
 class Workers:
-    """A context in which pieces of work run on an executor; with ``local`` nothing is started."""
+    """A context in which pieces of work run on an executor; with ``local`` nothing is started.
+
+    `processes` are those of this machine; 1 for a cluster.
+    """
 
     def __init__(self, executor: str) -> None:
         self.cluster = scheduler_of(executor)
-        self._processes = 1 if self.cluster else int(executor.partition(":")[2] or 1)
+        self.processes = 1 if self.cluster else int(executor.partition(":")[2] or 1)
         self._client: Any = None
         self._open: dict[str, Executor] = {}  # by what the work needs
         self._deaths: tuple[type[Exception], ...] = (BrokenProcessPool,)
@@ -74,7 +77,7 @@ class Workers:
     @property
     def here(self) -> bool:
         """Whether all runs in this process, one after the other."""
-        return self._processes == 1 and not self.cluster
+        return self.processes == 1 and not self.cluster
 
     @property
     def client(self) -> Any:
@@ -150,7 +153,7 @@ class Workers:
 
     def _start(self, needs: str) -> Executor:
         if not self.cluster:
-            return ProcessPoolExecutor(self._processes, get_context("spawn"))
+            return ProcessPoolExecutor(self.processes, get_context("spawn"))
         wanted = {"resources": {needs: 1}} if needs else {}
         made: Executor = self.client.get_executor(pure=False, **wanted)
         return made

@@ -33,14 +33,20 @@ def untouched(model: nn.Module, seed: int) -> Iterator[nn.Module]:
     What it draws itself, as dropout does, follows `seed`; the global generator does not move.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    norms = [module for module, _ in modes if isinstance(module, _BatchNorm) and module.track_running_stats]
+    kept = {id(buffer) for norm in norms for buffer in norm.buffers()}  # they do not move: see below
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in kept]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model.train().requires_grad_(True)
+        for norm in norms:
+            norm.track_running_stats = False
         try:
             yield model
         finally:
+            for norm in norms:
+                norm.track_running_stats = True
             for module, mode in modes:
                 module.training = mode
             for parameter, flag in trainable:
@@ -116,7 +122,8 @@ def initialise(model: nn.Module, generator: torch.Generator, how: Initialisation
     for module in model.modules():
         if isinstance(module, _WEIGHTED):
             deviation = 1.0 if how == "normal" else math.sqrt(2 / module.weight[0].numel())
-            nn.init.normal_(module.weight, 0.0, deviation, generator=generator)
+            drawn = torch.empty(module.weight.shape).normal_(0.0, deviation, generator=generator)
+            module.weight.data.copy_(drawn)  # the network may lie on a GPU, the generator does not
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, _BatchNorm | nn.LayerNorm | nn.GroupNorm):

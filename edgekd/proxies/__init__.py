@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import UsageError, unknown_name
+from edgekd.fused import fused
 from edgekd.nets import Outputs, tapped_forward
 from edgekd.probing import loss_gradients, untouched
 
@@ -49,6 +51,7 @@ class Trial:
     """One untrained student and what a score may look at; what a score does not need may be missing.
 
     `inputs` are normalised (N, C, H, W), `labels` int64 (N,), `seed` decides what a score draws itself.
+    `runs`: the student may be run as `edgekd.fused` does.
     """
 
     student: nn.Module
@@ -57,11 +60,13 @@ class Trial:
     teacher: Outputs | None = None
     classes: int = 0
     seed: int = 0
+    runs: bool = False
 
     @cached_property
     def outputs(self) -> Outputs:
         """The student's outputs in training mode, as batch norm behaves in its first step."""
-        with untouched(self.student, self.seed), torch.no_grad():
+        how = fused(self.student) if self.runs else nullcontext()
+        with untouched(self.student, self.seed), how, torch.no_grad():
             return tapped_forward(self.student, self.inputs, self.classes)
 
     @cached_property
@@ -102,6 +107,10 @@ class Proxy(ABC):
     def measure(self, trial: Trial) -> dict[str, float]:
         """Named parts of the score; a part whose inputs are missing is left out."""
 
+    def started(self, trial: Trial) -> Mapping[str, Tensor | float]:
+        """What `measure` gives; on a GPU perhaps still under way, so that the next student need not wait."""
+        return self.measure(trial)
+
 
 class OutputProxy(Proxy):
     """A score of what student and teacher answer, without looking into the student."""
@@ -109,14 +118,21 @@ class OutputProxy(Proxy):
     needs: ClassVar[tuple[str, ...]] = ("images", "labels", "teacher")
 
     @abstractmethod
+    def compare(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
+        """Named parts of the score for one batch, scalars; a part whose inputs are missing is left out."""
+
     def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
-        """Named parts of the score for one batch; a part whose inputs are missing is left out."""
+        """The same as numbers."""
+        return {name: value.item() for name, value in self.compare(student, teacher, labels).items()}
 
     def measure(self, trial: Trial) -> dict[str, float]:
+        return {name: value.item() for name, value in self.started(trial).items()}
+
+    def started(self, trial: Trial) -> Mapping[str, Tensor]:
         if trial.teacher is None:
             raise UsageError("this score compares the student with a teacher, and there is none")
         labels = trial.known_labels() if "labels" in self.needs else trial.inputs.new_zeros(0).long()
-        return self.terms(trial.outputs, trial.teacher, labels)
+        return self.compare(trial.outputs, trial.teacher, labels)
 
 
 class Sum(Proxy):
@@ -132,9 +148,12 @@ class Sum(Proxy):
         self.needs = tuple(found)  # type: ignore[misc] # of this sum
 
     def measure(self, trial: Trial) -> dict[str, float]:
-        found: dict[str, float] = {}
+        return {name: float(value) for name, value in self.started(trial).items()}
+
+    def started(self, trial: Trial) -> Mapping[str, Tensor | float]:
+        found: dict[str, Tensor | float] = {}
         for name, part in self.parts.items():
-            terms = part.measure(trial)
+            terms = part.started(trial)
             found |= {name if term == name else f"{name}.{term}": value for term, value in terms.items()}
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,16 +11,22 @@ from torch import Tensor
 from edgekd.nets import Outputs
 from edgekd.proxies import OutputProxy
 
+_KEPT = 32  # of what depends on a width alone
 
-def _gram(rows: Tensor) -> Tensor:
-    """Row-normalised ``X X^T``."""
+
+def _gram(features: Tensor) -> Tensor:
+    """Row-normalised ``X X^T`` of flattened features."""
+    rows = features.flatten(1).float()
     return F.normalize(rows @ rows.T, dim=1)
 
 
 def relation(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Similarity of sample relations: ``-||G_T - G_S||_F^2 / N^2``; features (N, ...), widths may differ."""
-    grams = [_gram(f.flatten(1).float()) for f in (student_features, teacher_features)]
-    return -(grams[0] - grams[1]).square().sum() / len(student_features) ** 2
+    return _difference(_gram(student_features), _gram(teacher_features), len(student_features) ** 2)
+
+
+def _difference(student: Tensor, teacher: Tensor, count: int) -> Tensor:
+    return -(student - teacher).square().sum() / count
 
 
 def classifier_gradient(logits: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
@@ -35,12 +43,12 @@ def semantic(student_gradient: Tensor, teacher_gradient: Tensor) -> Tensor:
 
     Both gradients are (classes, D) of one width D.
     """
+    student, teacher = (_class_grams(gradient) for gradient in (student_gradient, teacher_gradient))
+    return _difference(student, teacher, student_gradient.numel())
 
-    def grams(w: Tensor) -> Tensor:
-        return F.normalize(w[:, :, None] * w[:, None, :], dim=2)
 
-    difference = grams(student_gradient) - grams(teacher_gradient)
-    return -difference.square().sum() / student_gradient.numel()
+def _class_grams(gradient: Tensor) -> Tensor:
+    return F.normalize(gradient[:, :, None] * gradient[:, None, :], dim=2)
 
 
 def to_width(embedding: Tensor, width: int) -> Tensor:
@@ -49,9 +57,22 @@ def to_width(embedding: Tensor, width: int) -> Tensor:
     widths."""
     if embedding.shape[1] == width:
         return embedding
-    generator = torch.Generator().manual_seed(embedding.shape[1])
-    projection: Tensor = torch.randn(embedding.shape[1], width, generator=generator) / width**0.5
-    return embedding.float() @ projection.to(embedding.device)
+    return embedding.float() @ _projection(embedding.shape[1], width, embedding.device)
+
+
+@lru_cache(_KEPT)
+def _projection(depth: int, width: int, device: torch.device) -> Tensor:
+    drawn: Tensor = torch.randn(depth, width, generator=torch.Generator().manual_seed(depth)) / width**0.5
+    return drawn.to(device)
+
+
+# One teacher meets thousands of students. A tensor is known again by being the same object.
+_teacher_gram = lru_cache(1)(_gram)
+
+
+@lru_cache(_KEPT)
+def _teacher_classes(logits: Tensor, embedding: Tensor, labels: Tensor, width: int) -> Tensor:
+    return _class_grams(classifier_gradient(logits, to_width(embedding, width), labels))
 
 
 class DisWot(OutputProxy):
@@ -61,7 +82,7 @@ class DisWot(OutputProxy):
     is left out.
     """
 
-    def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+    def compare(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
         return _relation_term(student, teacher) | _semantic_term(student, teacher, labels)
 
 
@@ -70,9 +91,10 @@ class DisWotSum(OutputProxy):
 
     needs = ("images", "labels", "teacher", "embedding")
 
-    def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+    def compare(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
         found = _semantic_term(student, teacher, labels)
-        return {"diswot-sum": sum((found | _relation_term(student, teacher)).values())} if found else {}
+        found |= _relation_term(student, teacher) if found else {}
+        return {"diswot-sum": torch.stack(list(found.values())).sum()} if found else {}
 
 
 class Relation(OutputProxy):
@@ -80,7 +102,7 @@ class Relation(OutputProxy):
 
     needs = ("images", "teacher")
 
-    def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+    def compare(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
         return _relation_term(student, teacher)
 
 
@@ -89,25 +111,21 @@ class Semantic(OutputProxy):
 
     needs = ("images", "labels", "teacher", "embedding")
 
-    def terms(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+    def compare(self, student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
         return _semantic_term(student, teacher, labels)
 
 
-def _relation_term(student: Outputs, teacher: Outputs) -> dict[str, float]:
-    if teacher.features is None or student.features is None:
-        return {"relation": relation(student.logits, teacher.logits).item()}
-    return {"relation": relation(student.features, teacher.features).item()}
+def _relation_term(student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+    ours, theirs = student.features, teacher.features
+    if ours is None or theirs is None:
+        ours, theirs = student.logits, teacher.logits
+    return {"relation": _difference(_gram(ours), _teacher_gram(theirs), len(ours) ** 2)}
 
 
-def _semantic_term(student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, float]:
+def _semantic_term(student: Outputs, teacher: Outputs, labels: Tensor) -> dict[str, Tensor]:
     if teacher.embedding is None or student.embedding is None:
         return {}
     width = min(student.embedding.shape[1], teacher.embedding.shape[1])
-    gradients = [
-        classifier_gradient(logits, to_width(embedding, width), labels)
-        for logits, embedding in (
-            (student.logits, student.embedding),
-            (teacher.logits, teacher.embedding),
-        )
-    ]
-    return {"semantic": semantic(*gradients).item()}
+    gradient = classifier_gradient(student.logits, to_width(student.embedding, width), labels)
+    theirs = _teacher_classes(teacher.logits, teacher.embedding, labels, width)
+    return {"semantic": _difference(_class_grams(gradient), theirs, gradient.numel())}

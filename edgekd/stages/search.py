@@ -25,7 +25,7 @@ from edgekd.search import Candidate, Effort, Found, Genome, Limits, search
 from edgekd.stages.bench import Bench
 from edgekd.stages.finalists import Measured, measure_finalists
 from edgekd.stages.refine import refine
-from edgekd.stages.scorer import OneThread, Scorer
+from edgekd.stages.scorer import OneThread, Scorer, Terms, in_groups
 from edgekd.tasks.classification import normalise, to_tensor
 from edgekd.teacher import run_in_batches
 
@@ -213,7 +213,7 @@ class _Evaluator:
     def __init__(self, bench: Bench, model: CostModel, limits: Limits) -> None:
         self._space, self._model, self._limits = bench.space, model, limits
         self._say = bench.run.reporter.say
-        self.scorer = _scorer(bench)
+        self.scorer = make_scorer(bench)
         self.workers = Workers(bench.recipe.executor)
         self._path = bench.run.folder / "checkpoints" / "search.jsonl"
         self._known = _stored(self._path, bench)
@@ -229,12 +229,16 @@ class _Evaluator:
                     self._keep(candidate)
                 else:
                     within[genome] = candidate
-        score = self.scorer if self.workers.here else OneThread(self.scorer)
-        for genome, terms in self.workers.run(score, within):
-            if terms is None:
-                self._say(f"  a worker died while scoring {list(genome)}: the student is left out")
-            within[genome].terms.update(terms or {})
-            self._keep(within[genome])
+        score = self.scorer.many if self.workers.here else OneThread(self.scorer)
+        groups = in_groups(list(within), self.scorer.device, self.workers.processes)
+        for group, found in self.workers.run(score, groups, then=_one_by_one):
+            if found is None and len(group) > 1:
+                continue
+            if found is None:
+                self._say(f"  a worker died while scoring {list(group[0])}: the student is left out")
+            for genome, terms in zip(group, found or [{}], strict=True):
+                within[genome].terms.update(terms)
+                self._keep(within[genome])
         return [self._known[json.dumps(genome)] for genome in genomes]
 
     def _keep(self, candidate: Candidate) -> None:
@@ -259,16 +263,19 @@ class _Evaluator:
         self._file.close()
 
 
-def _scorer(bench: Bench) -> Scorer:
+def _one_by_one(group: list[Genome], found: list[Terms] | None) -> list[list[Genome]]:
+    """What is left to do where a worker died with a group: each of it alone."""
+    return [[genome] for genome in group] if found is None and len(group) > 1 else []
+
+
+def make_scorer(bench: Bench) -> Scorer:
     """What scores a student, on the device that networks are trained on."""
     score = bench.recipe.search.score
     inputs, labels = scoring_batch(bench)
     teacher = teacher_outputs(bench, inputs)
     check_teacher(score, proxy(score).needs, teacher)
-    parts = (teacher.logits, teacher.embedding, teacher.features)
-    placed = Outputs(*(None if part is None else part.to(bench.device) for part in parts))  # type: ignore[arg-type]
     classes, seed = len(bench.spec.classes), bench.recipe.seed
-    return Scorer(bench.space, score, inputs.to(bench.device), labels.to(bench.device), placed, classes, seed)
+    return Scorer(bench.space, score, inputs, labels, teacher, classes, seed, bench.device)
 
 
 def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:

@@ -20,7 +20,7 @@ from edgekd.pipeline import run_pipeline
 from edgekd.recipe import load_recipe, parse_override
 from edgekd.spaces import search_space
 from edgekd.spec import ModelSpec, Preprocessing
-from edgekd.stages.scorer import OneThread, Scorer
+from edgekd.stages.scorer import OneThread, Scorer, in_groups
 
 from .spread_work import Deadly, resources
 
@@ -75,8 +75,10 @@ def test_scores_are_those_of_one_process(spread: str) -> None:
     score = scorer()
     alone = {genome: score(genome) for genome in GENOMES}
     with Workers(spread) as workers:
-        assert dict(workers.run(OneThread(score), GENOMES)) == alone
-        assert dict(workers.run(OneThread(score), GENOMES[:1])) == {GENOMES[0]: alone[GENOMES[0]]}
+        for groups in (in_groups(GENOMES, "cpu", 2), in_groups(GENOMES, "cuda", 2)):
+            made = [pair for group, terms in workers.run(OneThread(score), groups)
+                    for pair in zip(group, terms or [], strict=True)]  # fmt: skip
+            assert dict(made) == alone
     assert all(terms.keys() == {"relation", "semantic"} for terms in alone.values())
 
 

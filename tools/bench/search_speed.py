@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=1 python tools/bench/search_speed.py --students 12        # paired, on the demonstration
     OMP_NUM_THREADS=1 python tools/bench/search_speed.py --search 500 2000 --processes 2
+    OMP_NUM_THREADS=1 python tools/bench/search_speed.py --scored 1024 --device cuda --processes 1 4 8
 
 Paired: for each student the plain procedure and `Scorer` take turns in one process, with one thread, in CPU
 time. Plain is DisWOT as its scripts run it: teacher and student with fresh weights for every candidate, both
 forward and backward for the gradient of the classifier, class after class. Both compute the same two terms,
 which is checked. Half the batch: ours with 32 images, and how like the order is that it gives. Search: the
 whole stage on the demonstration, in a fresh process for each size, with its wall and CPU seconds and the
-largest memory of its processes. On a CUDA device students are scored there.
+largest memory of its processes. Scored: random students in one process or several that share the device,
+against one thread of the CPU, and how far the scores lie apart; everything is warm before the clock starts.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.cost import cost_model
+from edgekd.executor import Workers
 from edgekd.nets import Outputs, tapped_forward
 from edgekd.probing import randomised
 from edgekd.ranking import kendall_tau
@@ -37,9 +41,11 @@ from edgekd.recipe import load_recipe
 from edgekd.run import Run, Silent
 from edgekd.search import Genome
 from edgekd.stages.bench import Bench
-from edgekd.stages.scorer import Scorer
-from edgekd.stages.search import budget_limits, executed_precision, scoring_batch, teacher_outputs
+from edgekd.stages.scorer import OneThread, Scorer, Terms, in_groups
+from edgekd.stages.search import budget_limits, executed_precision, make_scorer
 from edgekd.target import find_target
+
+_WARM, _ALONE = 64, 64  # students that each process scores before the clock starts; those of the CPU
 
 
 def plain_terms(
@@ -102,23 +108,17 @@ def students(bench: Bench, count: int) -> list[Genome]:
 
 def paired(bench: Bench, count: int) -> dict[str, object]:
     """CPU milliseconds a student of both, in turns."""
-    inputs, labels = scoring_batch(bench)
-    taught = teacher_outputs(bench, inputs)
-    device, teacher = bench.device, bench.loaded.model
+    teacher = bench.loaded.model
     assert teacher is not None
     classes, seed = len(bench.spec.classes), bench.recipe.seed
-    scorer = Scorer(bench.space, "diswot", inputs, labels, taught, classes, seed)
-    if device != "cpu":
-        parts = (taught.logits, taught.embedding, taught.features)
-        placed = Outputs(*(None if p is None else p.to(device) for p in parts))  # type: ignore[arg-type]
-        scorer = replace(scorer, inputs=inputs.to(device), labels=labels.to(device), teacher=placed)
-        teacher = teacher.to(device)
+    scorer = make_scorer(bench)
+    inputs = scorer.inputs
     fewer = _first(scorer, len(inputs) // 2)
     times: dict[str, list[float]] = {"plain": [], "ours": [], "ours_half_batch": []}
     scores: list[tuple[dict[str, float], dict[str, float]]] = []
     for number, genome in enumerate(students(bench, count + 1)):
         begin = time.process_time()
-        student = bench.space.build(genome, torch.Generator().manual_seed(seed)).to(device)
+        student = bench.space.build(genome, torch.Generator().manual_seed(seed))
         plain = plain_terms(student, teacher, scorer.inputs, scorer.labels, classes, seed)
         middle = time.process_time()
         ours = scorer(genome)
@@ -132,7 +132,7 @@ def paired(bench: Bench, count: int) -> dict[str, object]:
             times["plain"].append(1e3 * (middle - begin))
             times["ours"].append(1e3 * (end - middle))
             times["ours_half_batch"].append(1e3 * (last - end))
-    found: dict[str, object] = {"device": device, "students": count, "load_average": os.getloadavg()}
+    found: dict[str, object] = {"students": count, "load_average": os.getloadavg()}
     found["plain_ms"] = round(float(np.mean(times["plain"])), 1)
     for name in ("ours", "ours_half_batch"):
         ratios = np.array(times["plain"]) / np.array(times[name])
@@ -158,6 +158,63 @@ def _first(scorer: Scorer, count: int) -> Scorer:
     parts = (teacher.logits, teacher.embedding, teacher.features)
     cut = Outputs(*(None if part is None else part[:count] for part in parts))  # type: ignore[arg-type]
     return replace(scorer, inputs=scorer.inputs[:count], labels=scorer.labels[:count], teacher=cut)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Scores for a while, and waits until as many processes have as there shall be."""
+
+    scorer: Scorer
+    folder: str
+    processes: int
+
+    def __call__(self, genomes: Sequence[Genome]) -> list[Terms]:
+        found = OneThread(self.scorer)(genomes)
+        (Path(self.folder) / str(os.getpid())).touch()
+        while len(list(Path(self.folder).iterdir())) < self.processes:
+            time.sleep(0.01)
+        return found
+
+
+def scored(bench: Bench, count: int, processes: int) -> dict[str, object]:
+    """Random students a second on the bench's device, all processes warm, and on one thread of the CPU."""
+    scorer, seed = make_scorer(bench), bench.recipe.seed
+    genomes = students(bench, count + _WARM)
+    first, timed = genomes[:_WARM], genomes[_WARM:]
+    alone = timed[: min(count, _ALONE)]
+    on_cpu = OneThread(replace(scorer, device="cpu"))
+    on_cpu(first[:4])
+    begin = time.process_time()
+    expected = on_cpu(alone)
+    cpu_seconds = time.process_time() - begin
+    executor = "local" if processes == 1 else f"local:{processes}"
+    with tempfile.TemporaryDirectory() as folder, Workers(executor) as workers:
+        ready = _Ready(scorer, folder, processes)
+        list(workers.run(ready, [first] * processes))
+        groups = in_groups(timed, bench.device, processes)
+        begin = time.perf_counter()
+        done = list(workers.run(OneThread(scorer), groups))
+        wall = time.perf_counter() - begin
+    found = {g: terms for group, made in done for g, terms in zip(group, made or [], strict=True)}
+    terms = {name: [[row[name] for row in rows] for rows in (expected, [found[g] for g in alone])]
+             for name in expected[0]}  # fmt: skip
+    rate, cpu_rate = count / wall, len(alone) / cpu_seconds
+    return {
+        "device": torch.cuda.get_device_name() if bench.device == "cuda" else bench.device,
+        "processes": processes,
+        "students": count,
+        "images": len(scorer.inputs),
+        "seed": seed,
+        "students_a_second": round(rate, 1),
+        "one_cpu_thread": round(cpu_rate, 1),
+        "times": round(rate / cpu_rate, 1),
+        "largest_difference": {
+            name: float(np.max(np.abs(np.subtract(pair[0], pair[1]))) / np.std(pair[0]))
+            for name, pair in terms.items()
+        },
+        "tau": {name: round(kendall_tau(*pair), 4) for name, pair in terms.items()},
+        "load_average": os.getloadavg(),
+    }
 
 
 def searched(evaluations: int, processes: int, score: str) -> dict[str, object]:
@@ -191,15 +248,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--students", type=int, default=0, help="paired with the plain procedure")
     parser.add_argument("--search", type=int, nargs="*", default=[], help="evaluations of whole searches")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--scored", type=int, default=0, help="students, on --device")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of --scored")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--score", default="diswot", help="of the whole searches")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.students:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(paired(demonstration(Path(folder), {}), arguments.students)), flush=True)
-    for evaluations in arguments.search:
-        print(json.dumps(searched(evaluations, arguments.processes, arguments.score)), flush=True)
+            bench = demonstration(Path(folder), {"device": "cpu"})
+            print(json.dumps(paired(bench, arguments.students)), flush=True)
+    for processes in arguments.processes:
+        for evaluations in arguments.search:
+            print(json.dumps(searched(evaluations, processes, arguments.score)), flush=True)
+        if arguments.scored:
+            with tempfile.TemporaryDirectory() as folder:
+                settings = {"device": arguments.device, "search.score": arguments.score}
+                bench = demonstration(Path(folder), settings)
+                print(json.dumps(scored(bench, arguments.scored, processes)), flush=True)
 
 
 if __name__ == "__main__":
