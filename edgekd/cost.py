@@ -59,12 +59,17 @@ def cost_model(target: Target, precision: str) -> CostModel:
     """A calibrated table of the target, or one measured here where this is the target, or its roofline."""
     if (path := calibrated_path(target.id, precision)).is_file():
         return CalibratedTable(path, target, precision)
-    if is_this_machine(target) and target.primary.runtime in ("openvino", "onnxruntime"):
-        try:
-            return LayerTable(target, precision)
-        except MissingExtraError:
-            pass  # no runtime here to measure with: the card is all there is
-    return Roofline(target, precision)
+    return _local_table(target, precision) or Roofline(target, precision)
+
+
+def _local_table(target: Target, precision: str) -> LayerTable | None:
+    """Where this machine is the target and has its runtime."""
+    if not is_this_machine(target) or target.primary.runtime not in ("openvino", "onnxruntime"):
+        return None
+    try:
+        return LayerTable(target, precision)
+    except MissingExtraError:
+        return None
 
 
 def size_mib(layers: tuple[LayerShape, ...], precision: str) -> float:
@@ -167,24 +172,27 @@ class LayerTable:
         engine = backend(target.primary.runtime)
         self._engine, self._precision = engine, precision
         self._codes = codes_of(target) if precision == "int8" else None
-        self.device = engine.device()
+        self.device, runtime = engine.device(), f"{engine.name} {engine.version()}"
+        self.times_of = {"device": self.device, "runtime": runtime, "clock": "cpu"}
         header = {
             "format": 2,
             "target": target.id,
             "device": self.device,
-            "runtime": f"{engine.name} {engine.version()}",
+            "runtime": runtime,
             "threads": 1,
             "precision": precision,
         }
         self._path = cache_folder() / f"layers-{sha256_json(header)[:16]}.json"
         stored = _read_table(self._path, header)
         self._header, self._entries, self._added = header, stored, 0
-        self.note = (
-            f"sum of layers measured one by one on {self.device} with {header['runtime']}; "
-            "CPU time, one thread"
-        )
+        self.note = f"sum of layers measured one by one on {self.device} with {runtime}; CPU time, one thread"
 
     def predict(self, layers: tuple[LayerShape, ...]) -> Cost:
+        total = sum_of_layers(self.entries_of(layers), layers)
+        return Cost(total, size_mib(layers, self._precision), memory_mib(layers, self._precision))
+
+    def entries_of(self, layers: Iterable[LayerShape]) -> Mapping[str, float]:
+        """The table, with all of `layers` in it: those that it lacks are measured."""
         executed = {layer_key(layer): layer for layer in layers if layer.op != "add"}
         new = {key: layer for key, layer in executed.items() if key not in self._entries}
         if new:
@@ -193,8 +201,7 @@ class LayerTable:
             entries = {key: max(1e-4, ms - times[0]) for key, ms in zip(new, times[1:], strict=True)}
             self._entries |= entries
             self._added += len(new)
-        total = sum_of_layers(self._entries, layers)
-        return Cost(total, size_mib(layers, self._precision), memory_mib(layers, self._precision))
+        return self._entries
 
     def _measure(self, layers: Sequence[LayerShape | None]) -> list[float]:
         """CPU milliseconds of a call of each one-layer model; for None of one that only copies a value."""
@@ -262,7 +269,8 @@ def layer_key(layer: LayerShape) -> str:
 class CalibratedTable:
     """Sum of layers that were measured on the device, in a `Line` fitted on whole networks.
 
-    A layer that is not in the table has the roofline's time, times the median of measured over roofline.
+    A layer that is not in the table is measured where this machine is the device and has its runtime, and
+    elsewhere has the roofline's time, times the median of measured over roofline.
     """
 
     kind = "layer-table"
@@ -291,40 +299,52 @@ class CalibratedTable:
             and (estimate := self._rough(LayerShape(**dict(zip(_KEY, json.loads(key), strict=True)))))
         ]
         self._correction = float(np.median(ratios)) if ratios else None
+        self._here = self._table_here(target, header)
         self.missing: set[str] = set()
+
+    def _table_here(self, target: Target, header: Mapping[str, Any]) -> LayerTable | None:
+        """What measures missing layers, where this machine and its runtime are those of the table."""
+        here = _local_table(target, self._precision)
+        if here is None or here.times_of != {key: header.get(key) for key in here.times_of}:
+            return None
+        return here
 
     @property
     def note(self) -> str:
-        """How it predicts, and how many layers it met that were not measured."""
+        """How it predicts, and how many layers it met that the table lacks."""
         if not self.missing:
             return self._note
-        return f"{self._note}; {len(self.missing)} layers that the table lacks are estimates from the card"
+        how = "are estimates from the card" if self._here is None else "were measured at the search"
+        return f"{self._note}; {len(self.missing)} layers that the table lacks {how}"
 
     @property
     def unverified(self) -> tuple[str, ...]:
         """Keys of the card that stood in for missing layers."""
-        return self._roofline.unverified if self.missing else ()
+        return self._roofline.unverified if self.missing and self._here is None else ()
 
     def _rough(self, layer: LayerShape) -> float | None:
         return self._roofline.predict((layer,)).latency_ms
 
     def predict(self, layers: tuple[LayerShape, ...]) -> Cost:
+        lacking = {layer_key(layer): layer for layer in layers if layer.op != "add"}
+        lacking = {key: layer for key, layer in lacking.items() if key not in self._entries}
+        self.missing |= lacking.keys()
         entries = dict(self._entries)
-        for layer in layers:
-            key = layer_key(layer)
-            if key in entries or layer.op == "add":
-                continue
-            self.missing.add(key)
-            rough = self._rough(layer)
-            if rough is not None and self._correction is not None:
-                entries[key] = rough * self._correction
+        if self._here is not None:
+            measured = self._here.entries_of(lacking.values())
+            entries |= {key: measured[key] for key in lacking}
+        elif self._correction is not None:
+            rough = {key: self._rough(layer) for key, layer in lacking.items()}
+            entries |= {key: ms * self._correction for key, ms in rough.items() if ms is not None}
         size, memory = size_mib(layers, self._precision), memory_mib(layers, self._precision)
         if any(layer_key(layer) not in entries for layer in layers if layer.op != "add"):
             return Cost(None, size, memory)
         return Cost(self._line.predict(sum_of_layers(entries, layers), layers), size, memory)
 
     def close(self) -> None:
-        """Nothing to keep."""
+        """Keep what was measured beside the table."""
+        if self._here is not None:
+            self._here.close()
 
 
 _KEY = ("op", "channels_in", "channels_out", "kernel", "stride", "groups", "size_in", "relu")

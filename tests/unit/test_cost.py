@@ -12,8 +12,9 @@ import pytest
 
 from edgekd import cost
 from edgekd.backends import backend
-from edgekd.cost import LayerTable, Line, Roofline, cost_model, size_mib
+from edgekd.cost import LayerTable, Line, Roofline, calibrated_path, cost_model, layer_key, size_mib
 from edgekd.errors import MissingExtraError, StorageError
+from edgekd.files import write_json
 from edgekd.layer_files import codes_of, input_of, one_layer
 from edgekd.spec import LayerShape
 from edgekd.target import Quantity, Target, all_targets, find_target
@@ -250,6 +251,38 @@ def test_a_damaged_cache_is_named(engine: _Engine, tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(StorageError, match=path.name):
         table()
+
+
+@pytest.mark.parametrize("runtime", ["openvino 1.0", "openvino 0.9"])
+def test_a_layer_that_a_calibration_lacks_is_measured_where_it_was_made(
+    engine: _Engine, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
+    monkeypatch.setattr(cost, "is_this_machine", lambda target: True)
+    target, pointwise = find_target("x86"), LAYERS["pointwise"]
+    header = {
+        "format": 3, "target": target.id, "precision": "int8", "runtime": runtime, "device": "a test",
+        "clock": "cpu",
+    }  # fmt: skip
+    calibrated_path(target.id, "int8").parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        calibrated_path(target.id, "int8"),
+        {
+            "header": header,
+            "line": {"offset_ms": 0.0, "slope": 2.0, "border_ms": 0.0, "weight_ms": 0.0},
+            "validation": {},
+            "entries_ms": {"empty": 0.5, layer_key(CONV): 1.0},
+        },
+    )
+    model = cost_model(target, "int8")
+    found = model.predict((CONV, pointwise)).latency_ms
+    same = runtime.endswith(f" {engine.version()}")
+    alone = (8 * 16 * 16 - 1) * 1e-3
+    assert (found == pytest.approx(2 * (0.5 + 1.0 + alone))) == same
+    assert ("1 layers that the table lacks were measured" in model.note) == same
+    assert engine.opened == (2 if same else 0)
+    model.close()
+    assert cost_model(target, "int8").predict((CONV, pointwise)).latency_ms == found
+    assert engine.opened == (2 if same else 0)
 
 
 def test_a_machine_without_runtime_falls_back_to_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
