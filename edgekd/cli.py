@@ -16,7 +16,8 @@ from edgekd.console import Console
 from edgekd.embed.command import embed
 from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError
 from edgekd.gating.command import gate
-from edgekd.running import continue_run, run_and_show
+from edgekd.profiling import profile
+from edgekd.running import run_and_show
 
 _KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
 # What a stage does, and a call that starts from files alone.
@@ -225,52 +226,6 @@ def quantize(model: Path | None, **given: Any) -> None:
 
 
 @cli.command()
-@click.argument(
-    "models", metavar="MODELS... | RUN", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True)
-)
-@click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    help="onnxruntime, openvino, or on a Jetson tensorrt; several times for several.",
-)
-@click.option("--precision", default="f32", show_default=True, type=click.Choice(["f32", "bf16"]))
-@click.option("--threads", default=1, show_default=True, type=int)
-@click.option("--calls", default=200, show_default=True, type=click.IntRange(64))
-@click.option("--on", "urls", multiple=True, metavar="ssh://USER@HOST",
-              help="Measure there; several times for several devices at once (docs/remote.md).")  # fmt: skip
-@click.option("--ssh-config", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-              help="Of ssh, in place of your own.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers on stdout as JSON.")
-def profile(models: tuple[Path, ...], backends: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Latency and int8 coverage of ONNX files at batch 1, interleaved in one fresh process; or of a run's.
-
-    \b
-    A run: edgekd profile runs/jetson             (all up to its profile stage)
-    Example: edgekd profile float.onnx int8.onnx --backend openvino
-    Devices: edgekd profile int8.onnx --backend onnxruntime --on ssh://pi@board --on ssh://pi@other
-    """
-    from edgekd.profiler import Protocol
-    from edgekd.remote import ssh_device
-    from edgekd.stages.files import profile_files, profile_on
-
-    if any(model.is_dir() for model in models):
-        if len(models) > 1:
-            raise click.UsageError("one run at a time, or ONNX files")
-        continue_run(models[0], "profile", as_json=as_json)
-        return
-    rounds = 40
-    protocol = Protocol(given["threads"], rounds, -(-given["calls"] // rounds))
-    if given["urls"]:
-        devices = [ssh_device(url, config=given["ssh_config"]) for url in given["urls"]]
-        wanted = (backends or ("onnxruntime",), given["precision"])
-        listings.emit(profile_on(devices, models, wanted, protocol), as_json)
-        return
-    wanted = (backends or ("onnxruntime", "openvino"), given["precision"])
-    listings.emit(profile_files(models, *wanted, protocol), as_json)
-
-
-@cli.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 @click.argument("other", required=False, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
@@ -309,6 +264,7 @@ for _command in (
     check,
     embed,
     gate,
+    profile,
     labelling.select,
     labelling.label,
     listings.targets,

@@ -93,6 +93,12 @@ class Variant(_Part, frozen=True, kw_only=True):
     accuracy: float | None = None
     note: str = ""
 
+    def float_precision(self, runtime: str) -> str:
+        """That in which a runtime executes what is not quantized."""
+        if runtime != "openvino" or self.openvino is None:
+            return "f32"
+        return str(self.openvino.options.get("INFERENCE_PRECISION_HINT", "f32"))
+
 
 class GoldenFiles(_Part, frozen=True, kw_only=True):
     """Inputs and, for each variant, the logits that they gave when the bundle was written."""

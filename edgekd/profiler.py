@@ -60,7 +60,7 @@ class VariantTimes(msgspec.Struct, frozen=True):
     first_call_ms: float
     wall_ms: list[list[float]]
     cpu_ms: list[list[float]]  # process time of all threads
-    memory_mib: float | None = None  # growth of the process by loading it and its first call
+    memory_mib: float | None = None  # see `edgekd.worker.peak_memory_mib`; None when not asked for
     energy_uj: float | None = None  # of the processor packages during all timed calls; None without a counter
     device_ms: list[list[float]] | None = None  # on a GPU by its own events, without copies; None elsewhere
     layers_ms: dict[str, float] | None = None  # median of each layer, of an engine that tells it
@@ -156,12 +156,12 @@ HERE = Here()
 def measure(
     variants: Sequence[Variant], *, protocol: Protocol, inputs: Inputs, device: Device = HERE
 ) -> dict[str, Latency]:
-    """Latency of each variant by id, all measured interleaved in one session.
+    """Latency of each variant by id, all measured interleaved in one session, and its memory.
 
     Raises:
         BackendError: a runtime refuses a variant, or the session died or ran out of time.
     """
-    result = run_session(variants, protocol=protocol, inputs=inputs, device=device)
+    result = run_session(variants, protocol=protocol, inputs=inputs, device=device, memory=True)
     return {name: latency(times, result.environment) for name, times in result.variants.items()}
 
 
@@ -221,9 +221,17 @@ def discarded(calls: int, p: float) -> int | None:
 
 
 def run_session(
-    variants: Sequence[Variant], *, protocol: Protocol, inputs: Inputs, device: Device = HERE
+    variants: Sequence[Variant],
+    *,
+    protocol: Protocol,
+    inputs: Inputs,
+    device: Device = HERE,
+    memory: bool = False,
 ) -> SessionResult:
     """Measure the variants in one fresh process; the same file may appear twice (A/A control).
+
+    Args:
+        memory: also that of each variant, in a process of its own before anything is timed.
 
     Raises:
         UsageError: two variants share an id, or more threads than usable cores were asked for.
@@ -234,7 +242,7 @@ def run_session(
     names = [variant.id for variant in variants]
     if not names or len(set(names)) != len(names):
         raise UsageError(f"variants need different ids, got: {', '.join(names) or 'none'}")
-    order = _order("measure", variants, protocol)
+    order = _order("measure", variants, protocol) | {"memory": memory}
     if isinstance(inputs, Path):
         order |= {"stored": str(inputs)}
     else:

@@ -123,17 +123,17 @@ class _Calls:
     """One loaded variant, fed, and what was measured of it."""
 
     def __init__(self, variant: dict[str, str], threads: int, feeds: Feeds) -> None:
-        before, started = _memory_mib(), time.perf_counter_ns()
+        started = time.perf_counter_ns()
         self._session = open_session(variant, threads, feeds)
         loaded = time.perf_counter_ns()
         self._fed = arranged(self._session, feeds)
         self._session.run(self._fed)
-        called, after = time.perf_counter_ns(), _memory_mib()
+        called = time.perf_counter_ns()
         self._device_ms: list[float] = []  # of the last turn
         self.times: dict[str, Any] = {
             "load_ms": (loaded - started) / 1e6,
             "first_call_ms": (called - loaded) / 1e6,
-            "memory_mib": None if before is None or after is None else max(0.0, after - before),
+            "memory_mib": None,
             "wall_ms": [],
             "cpu_ms": [],
             "energy_uj": None,
@@ -181,6 +181,33 @@ class _Calls:
             self.times["device_ms"] = [*(self.times["device_ms"] or []), self._device_ms]
 
 
+def peak_memory_mib(variant: dict[str, str], threads: int, feeds: Feeds) -> float | None:
+    """By how much a process of its own, its engine imported, grows at most while it loads a variant and calls
+    it once. None where that cannot be read, and for TensorRT, whose model lies on the GPU.
+
+    To be called before an engine is imported here: what two processes share would not count.
+    """
+    if variant["backend"] == "tensorrt" or _memory_mib() is None:
+        return None
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            backend(variant["backend"]).version()  # imports the engine
+            os.write(writing, str(_memory_mib()).encode())
+            session = open_session(variant, threads, feeds)
+            session.run(arranged(session, feeds))
+            code = 0
+        finally:
+            os._exit(code)
+    _, status, used = os.wait4(child, 0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        before = pipe.read()
+    return None if status else max(0.0, used.ru_maxrss / 2**10 - float(before))
+
+
 def open_session(variant: dict[str, str], threads: int, feeds: Feeds) -> Session:
     """A variant of an order, compiled for the sizes of the feeds; "reference" is the graph as written."""
     model, shapes = Path(variant["model"]), {name: array.shape for name, array in feeds.items()}
@@ -208,6 +235,10 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
     if protocol["threads"] > cores:
         raise BackendError(f"cannot measure with {protocol['threads']} threads: there are {cores} cores")
     shuffle = random.Random(protocol["seed"]).shuffle
+    peaks = {
+        variant["id"]: peak_memory_mib(variant, protocol["threads"], feeds)
+        for variant in (order["variants"] if order.get("memory") else ())
+    }
     names = sorted({variant["backend"] for variant in order["variants"]})
     engines = {name: backend(name) for name in names}
     versions = {name: engine.version() for name, engine in engines.items()}  # imports the engines
@@ -226,6 +257,8 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
     after = _state()
     for one in turns:
         one.layers()
+    for name, peak in peaks.items():
+        calls[name].times["memory_mib"] = peak
     told = environment() | {
         "devices": {name: engine.device() for name, engine in engines.items()},
         "versions": versions,

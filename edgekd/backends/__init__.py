@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekd.backends.feeds import Feed
 from edgekd.errors import UsageError, unknown_name
 
 Array = NDArray[np.float32]
@@ -44,6 +46,15 @@ class Coverage:
     """Which precision each executed node has; shares are over convolutions and matrix products only."""
 
     layers: tuple[Layer, ...]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the multiply-accumulates that each precision executes; empty without any."""
+        macs: Counter[str] = Counter()
+        for layer in self.layers:
+            macs[layer.precision] += layer.macs
+        total = macs.total()
+        return {name: count / total for name, count in macs.items() if count}
 
     @property
     def int8_nodes(self) -> float:
@@ -101,8 +112,18 @@ class Backend(Protocol):
             BackendError: the runtime refuses the graph; the message is the runtime's own.
         """
 
-    def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
+    def coverage(
+        self,
+        model: Path,
+        *,
+        precision: str = "f32",
+        time_layers: bool = False,
+        feeds: Sequence[Feed] | None = None,
+    ) -> Coverage:
         """The graph executed at batch 1 on one thread, with layer times when asked for.
+
+        Args:
+            feeds: the inputs with every size; None is a float32 image at batch 1.
 
         Raises:
             BackendError: as `open`, or the runtime does not tell what it executes.

@@ -31,6 +31,11 @@ class Feed:
         return f"{self.name} {self.dtype} {list(self.shape)}"
 
 
+def shapes_of(feeds: Sequence[Feed] | None) -> dict[str, tuple[int, ...]] | None:
+    """By name; None stays None."""
+    return None if feeds is None else {feed.name: feed.shape for feed in feeds}
+
+
 def image_feed(shape: tuple[int, int, int]) -> tuple[Feed, ...]:
     """One float32 image (1, C, H, W) whatever the name of the input."""
     return (Feed("", "float32", (1, *shape)),)
@@ -56,6 +61,19 @@ def read_feeds(model: Path, shapes: Mapping[str, Sequence[int]] | None = None) -
         known = ", ".join(value.name for value in values)
         raise UsageError(f"--shape {unknown[0]}: {model} has no such input; it has: {known}")
     return tuple(_feed(value, model, (shapes or {}).get(value.name)) for value in values)
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """The option ``--shape``.
+
+    Raises:
+        UsageError: not NAME=SIZE,SIZE,... with sizes above 0.
+    """
+    name, _, sizes = text.rpartition("=")
+    parts = sizes.split(",")
+    if not name or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"--shape {text}: expected NAME=1,3,224,224")
+    return name, tuple(map(int, parts))
 
 
 def external_files(model: Path) -> tuple[Path, ...]:

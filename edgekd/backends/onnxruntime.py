@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgekd.backends import Array, Coverage, Feeds, Shapes, in_order, processor_name
 from edgekd.backends.executed import coverage_of
+from edgekd.backends.feeds import Feed, random_feeds, shapes_of
 from edgekd.errors import BackendError, missing_extra
 
 _RUNS = 30  # timed runs a layer
@@ -130,7 +131,14 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("optimization.disable_specified_optimizers", "MatMulAddFusion")
         _load(model, options, batch=None)
 
-    def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
+    def coverage(
+        self,
+        model: Path,
+        *,
+        precision: str = "f32",
+        time_layers: bool = False,
+        feeds: Sequence[Feed] | None = None,
+    ) -> Coverage:
         """The optimised graph at batch 1; times are medians of 30 runs with a resolution of 1 µs.
 
         The runtime's own profiler adds some microseconds to each node: the sum exceeds the latency.
@@ -143,14 +151,15 @@ class OnnxRuntimeBackend:
             raise BackendError(f"onnxruntime knows no float precision but 'f32', got '{precision}'")
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
             optimised = Path(folder) / "executed.onnx"
-            self.optimise(model, optimised)
-            return coverage_of(model, optimised, _layer_times(optimised, Path(folder)) if time_layers else ())
+            self.optimise(model, optimised, feeds)
+            times = _layer_times(optimised, Path(folder), feeds) if time_layers else ()
+            return coverage_of(model, optimised, times)
 
-    def optimise(self, model: Path, to: Path) -> None:
+    def optimise(self, model: Path, to: Path, feeds: Sequence[Feed] | None = None) -> None:
         """Write the graph that is executed here at batch 1; BackendError where the runtime refuses it."""
         options = _options(threads=1)
         options.optimized_model_filepath = str(to)
-        _load(model, options, batch=1)
+        _load(model, options, batch=1, shapes=shapes_of(feeds))
 
 
 def quantize_static(model: Path, to: Path, batches: Iterable[Feeds], kinds: list[str] | None) -> None:
@@ -181,7 +190,7 @@ def quantize_static(model: Path, to: Path, batches: Iterable[Feeds], kinds: list
     )
 
 
-def _layer_times(optimised: Path, folder: Path) -> list[float | None]:
+def _layer_times(optimised: Path, folder: Path, feeds: Sequence[Feed] | None) -> list[float | None]:
     """Median milliseconds of each node of the optimised graph, which runs once more exactly as it stands."""
     import onnx
 
@@ -195,9 +204,9 @@ def _layer_times(optimised: Path, folder: Path) -> list[float | None]:
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
     session = _load(path, options, batch=1)
-    images = _images(session)
+    fed = _image(session) if feeds is None else random_feeds(feeds, seed=0)
     for _ in range(_WARM_UP + _RUNS):
-        session.run(None, images)
+        session.run(None, fed)
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     durations: dict[str, list[float]] = {}
     for event in events:
@@ -207,7 +216,7 @@ def _layer_times(optimised: Path, folder: Path) -> list[float | None]:
     return [round(statistics.median(calls), 4) if calls else None for calls in found]
 
 
-def _images(session: Any) -> dict[str, Array]:
+def _image(session: Any) -> dict[str, Array]:
     """A fixed random batch of 1 for the session's input."""
     described = session.get_inputs()[0]
     shape = [size if isinstance(size, int) else 1 for size in described.shape]

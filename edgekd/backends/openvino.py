@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekd.backends import Array, Coverage, Feeds, Layer, Shapes, in_order
+from edgekd.backends.feeds import Feed, random_feeds, shapes_of
 from edgekd.backends.macs import Executed, assign, compute_nodes, kind_of, plain_name
 from edgekd.errors import BackendError, missing_extra
 
@@ -103,7 +105,14 @@ class OpenVinoBackend:
         """
         return OpenVinoSession(self._compile(model, threads, precision, batch, shapes=shapes), batch)
 
-    def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
+    def coverage(
+        self,
+        model: Path,
+        *,
+        precision: str = "f32",
+        time_layers: bool = False,
+        feeds: Sequence[Feed] | None = None,
+    ) -> Coverage:
         """The runtime model at batch 1; times are medians of 30 runs with a resolution of 1 µs.
 
         A layer's precision is that of the kernel's input (the suffix of ``primitiveType``). The property
@@ -114,13 +123,13 @@ class OpenVinoBackend:
             MissingExtraError: the package onnx, which reads the file's shapes, is not installed.
         """
         originals = compute_nodes(model)
-        compiled = self._compile(model, 1, precision, 1, timed=time_layers)
+        compiled = self._compile(model, 1, precision, 1, shapes=shapes_of(feeds), timed=time_layers)
         nodes = [node for node in compiled.get_runtime_model().get_ordered_ops() if _info(node, "layerType")]
         nodes = [node for node in nodes if _info(node, "layerType") not in _NOT_EXECUTED]
         compute = [node for node in nodes if _kind(node)]
         names = [node.get_friendly_name() for node in compute]
         macs = dict(zip(names, assign(originals, [_key(node) for node in compute]), strict=True))
-        times = _layer_times(compiled) if time_layers else {}
+        times = _layer_times(compiled, feeds) if time_layers else {}
         layers = (
             Layer(
                 name=plain_name(node.get_friendly_name()),
@@ -240,14 +249,18 @@ def _reason(node: Any) -> str:
     return ""
 
 
-def _layer_times(compiled: Any) -> dict[str, float]:
+def _layer_times(compiled: Any, feeds: Sequence[Feed] | None) -> dict[str, float]:
     """Median milliseconds of each executed layer by name."""
     request = compiled.create_infer_request()
-    shape = list(compiled.input(0).shape)
-    images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    if feeds is None:
+        shape = list(compiled.input(0).shape)
+        fed: Any = [np.random.default_rng(0).standard_normal(shape, dtype=np.float32)]
+    else:
+        arrays = in_order([_name(port) for port in compiled.inputs], random_feeds(feeds, seed=0))
+        fed = dict(enumerate(arrays))
     durations: dict[str, list[float]] = {}
     for call in range(_WARM_UP + _RUNS):
-        request.infer([images])
+        request.infer(fed)
         if call >= _WARM_UP:
             for layer in request.profiling_info:
                 durations.setdefault(layer.node_name, []).append(layer.real_time.total_seconds() * 1000)

@@ -2,13 +2,14 @@
 
 The part that runs an engine was written against the documented Python API of TensorRT 10 and later and has
 not been executed yet: no machine of the project's tests has a GPU with the package ``tensorrt``. What stands
-behind it was: `edgekd.backends.engines` with TensorRT-RTX, `edgekd.backends.cudart` with the CUDA runtime.
+behind it was: `edgekd.backends.engines` with TensorRT-RTX, `edgekd.backends.cudart` on an NVIDIA H200.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.backends import Array, Coverage, Feeds, Shapes, cudart, engines
+from edgekd.backends.feeds import Feed
 from edgekd.errors import BackendError, MissingExtraError, missing_extra
 
 _GPU_FILES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")  # desktop and server; Jetson
@@ -197,13 +199,20 @@ class TensorRtBackend:
         session: TensorRtSession = kept.engine(model, batch, make, load)
         return session
 
-    def coverage(self, model: Path, *, precision: str = "f32", time_layers: bool = False) -> Coverage:
+    def coverage(
+        self,
+        model: Path,
+        *,
+        precision: str = "f32",
+        time_layers: bool = False,
+        feeds: Sequence[Feed] | None = None,
+    ) -> Coverage:
         """Not available: the kernels are chosen on the device and are not read back yet.
 
         Raises:
             BackendError: always.
         """
-        del precision, time_layers
+        del precision, time_layers, feeds
         raise BackendError(
             f"tensorrt does not tell which kernels {model} runs: they are chosen on the device",
             "inspect the engine on the device: trtexec --dumpLayerInfo --profilingVerbosity=detailed",

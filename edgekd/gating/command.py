@@ -89,6 +89,7 @@ def gate(candidate: Path, reference: Path | None, out: Path | None, inconclusive
 
 
 def _compare(candidate: Path, reference: Path, given: dict[str, Any]) -> dict[str, Any]:
+    from edgekd.backends.feeds import parse_shape
     from edgekd.gate import LatencyLimits
     from edgekd.gating.accuracy import Evaluation
     from edgekd.gating.compare import How, Limits, compare
@@ -116,7 +117,7 @@ def _compare(candidate: Path, reference: Path, given: dict[str, Any]) -> dict[st
     if given["data"]:
         normalisation = _normalisation(given["mean"], given["std"])
         evaluation = Evaluation(given["data"], given["part"], normalisation, given["seed"])
-    shapes = dict(map(_shape, given["shapes"]))
+    shapes = dict(map(parse_shape, given["shapes"]))
     sides = [
         resolve(
             path, runtime=given["backend"] or "", precision=given["precision"], variant=variant, shapes=shapes
@@ -165,11 +166,3 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise click.BadParameter(f"--{name} {text}: expected numbers such as 0.485,0.456,0.406") from error
-
-
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, sizes = text.rpartition("=")
-    parts = sizes.split(",")
-    if not name or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"--shape {text}: expected NAME=1,3,224,224")
-    return name, tuple(map(int, parts))

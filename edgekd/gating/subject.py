@@ -16,7 +16,7 @@ from edgekd.bundle import verify_bundle
 from edgekd.checks import Check, Verdict
 from edgekd.errors import BundleError, UsageError
 from edgekd.files import sha256_file
-from edgekd.manifest import Manifest, Variant, read_manifest
+from edgekd.manifest import Manifest, read_manifest
 from edgekd.profiler import Variant as Measured
 from edgekd.runtime import BundleError as RuntimeBundleError
 from edgekd.runtime import Model, load, resize, to_color
@@ -160,7 +160,7 @@ def _from_bundle(folder: Path, runtime: str, variant: str) -> Subject:
         folder,
         model,
         used,
-        _precision(chosen, used),
+        chosen.float_precision(used),
         read_feeds(model),
         chosen.id,
         manifest.labels,
@@ -183,9 +183,3 @@ def _wanted(manifest: Manifest, runtime: str, variant: str, folder: Path) -> str
         except RuntimeBundleError:
             continue
     return fitting[0]
-
-
-def _precision(variant: Variant, runtime: str) -> str:
-    if runtime != "openvino" or variant.openvino is None:
-        return "f32"
-    return str(variant.openvino.options.get("INFERENCE_PRECISION_HINT", "f32"))

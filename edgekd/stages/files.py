@@ -2,49 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edgekd.backends import backend, backend_names
-from edgekd.backends.feeds import read_feeds
-from edgekd.errors import EdgekdError, MissingExtraError
+from edgekd.backends.feeds import Feed, read_feeds
+from edgekd.bundle import verify_bundle
+from edgekd.errors import BundleError, EdgekdError, MissingExtraError, UsageError
+from edgekd.manifest import read_manifest
 from edgekd.profiler import HERE, Device, Protocol, Variant, environment, measure
+from edgekd.runtime import engine_for
 from edgekd.target import all_targets, is_this_machine
 
 
-def profile_files(
-    models: tuple[Path, ...], backends: tuple[str, ...], precision: str, protocol: Protocol
-) -> dict[str, Any]:
-    """Latency and coverage of each file on each runtime, measured interleaved; all share one input shape."""
-    variants = _variants(models, backends, precision)
-    found = _measured(variants, protocol, models[0], HERE)
+@dataclass(frozen=True)
+class Wanted:
+    """What to profile: ONNX files, bundles, or both; all take the same inputs.
+
+    `backends` empty means all that the machine has for a file, and a bundle's own choice; `precision` is of
+    operators that are not quantized in a file; `shapes` are of inputs whose sizes the first file leaves open.
+    """
+
+    models: tuple[Path, ...]
+    backends: tuple[str, ...] = ()
+    precision: str = "f32"
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    layers: bool = False
+    here: bool = True
+
+
+def profile_files(wanted: Wanted, protocol: Protocol) -> dict[str, Any]:
+    """Latency, memory and executed precision of each file on each runtime, measured interleaved, by
+    "runtime:file" or, in a bundle, by the variant's id; and the ``environment``.
+
+    Raises:
+        UsageError: no such runtime, or a size of an input is not known.
+        BundleError: a bundle is damaged, or nothing in it runs here.
+        BackendError: a runtime refuses a file.
+    """
+    variants = _variants(wanted)
+    feeds = read_feeds(Path(variants[0].model), wanted.shapes)
+    found = _measured(variants, protocol, feeds, HERE)
     for one in variants:
-        coverage = backend(one.backend).coverage(Path(one.model), precision=one.precision)
-        shares = {"int8_coverage_nodes": coverage.int8_nodes, "int8_coverage_macs": coverage.int8_macs}
-        found[one.id] = shares | found[one.id]
+        engine, row = backend(one.backend), found[one.id]
+        coverage = engine.coverage(
+            Path(one.model), precision=one.precision, time_layers=wanted.layers, feeds=feeds
+        )
+        row["executed"] = coverage.shares
+        row |= {"int8_coverage_nodes": coverage.int8_nodes, "int8_coverage_macs": coverage.int8_macs}
+        if wanted.layers:
+            row["layers"] = [asdict(layer) for layer in coverage.layers]
     return found
 
 
-def profile_on(
-    devices: Sequence[Device], models: tuple[Path, ...], variants_of: tuple[tuple[str, ...], str],
-    protocol: Protocol,
-) -> dict[str, Any]:  # fmt: skip
-    """The latency of each file on each runtime of each device, all devices at once; by the device's name.
-
-    Args:
-        variants_of: backends, and the precision of operators that are not quantized.
+def profile_on(devices: Sequence[Device], wanted: Wanted, protocol: Protocol) -> dict[str, Any]:
+    """The same on each device, all devices at once, by the device's name; kernels are not read back.
 
     Raises:
         EdgekdError: that of the first device, when none gave an answer. Else its error stands in its place.
     """
-    variants = _variants(models, *variants_of)
+    variants = _variants(wanted)
+    feeds = read_feeds(Path(variants[0].model), wanted.shapes)
     errors: list[EdgekdError] = []
 
     def one(device: Device) -> dict[str, Any]:
         try:
-            return _measured(variants, protocol, models[0], device)
+            return _measured(variants, protocol, feeds, device)
         except EdgekdError as error:
             errors.append(error)
             return {"error": error.message, "hint": error.hint}
@@ -56,26 +84,64 @@ def profile_on(
     return found
 
 
-def _variants(models: tuple[Path, ...], backends: tuple[str, ...], precision: str) -> list[Variant]:
-    alike = len({model.name for model in models}) < len(models)
+def _variants(wanted: Wanted) -> list[Variant]:
+    for name in wanted.backends:
+        backend(name)
+    names = [model.name for model in wanted.models]
+    found: list[Variant] = []
+    for model in wanted.models:
+        told = model.name if names.count(model.name) == 1 else str(model)
+        if model.is_dir():
+            found += _of_bundle(model, f"{told}:" if len(names) > 1 else "", wanted)
+        else:
+            found += _of_file(model, told, wanted)
+    return found
+
+
+def _of_file(model: Path, told: str, wanted: Wanted) -> list[Variant]:
+    usual = ("onnxruntime", "openvino") if wanted.here else ("onnxruntime",)
     return [
         Variant(
-            f"{name}:{model if alike else model.name}",
-            name,
-            str(model.resolve()),
-            precision if name == "openvino" else "f32",
+            f"{name}:{told}", name, str(model.resolve()), wanted.precision if name == "openvino" else "f32"
         )
-        for name in backends
-        for model in models
+        for name in wanted.backends or usual
     ]
 
 
-def _measured(variants: list[Variant], protocol: Protocol, model: Path, device: Device) -> dict[str, Any]:
+def _of_bundle(folder: Path, prefix: str, wanted: Wanted) -> list[Variant]:
+    """Each variant that runs here."""
+    if not wanted.here:
+        raise UsageError(
+            f"{folder} is a bundle; on a device a file is profiled",
+            f"give one of {folder / 'models'}; edgekd check {folder} --on takes the bundle",
+        )
+    if problems := verify_bundle(folder):
+        raise BundleError(f"{folder}: {'; '.join(problems)}", "copy the bundle again")
+    found, reasons = [], []
+    manifest = read_manifest(folder)
+    for variant in manifest.variants:
+        runtime, reason = engine_for(msgspec.json.decode(msgspec.json.encode(variant)))
+        if not runtime or (wanted.backends and runtime not in wanted.backends):
+            reasons.append(f"{variant.id}: {reason or f'for {runtime}'}")
+            continue
+        path, precision = (folder / variant.file).resolve(), variant.float_precision(runtime)
+        found.append(Variant(prefix + variant.id, runtime, str(path), precision))
+    if not found:
+        raise BundleError(f"{folder}: no variant can be measured: {'; '.join(reasons)}",
+                          "edgekd doctor tells what this machine has")  # fmt: skip
+    return found
+
+
+def _measured(
+    variants: list[Variant], protocol: Protocol, feeds: Sequence[Feed], device: Device
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     told: dict[str, Any] = {}
-    for key, latency in measure(variants, protocol=protocol, inputs=read_feeds(model), device=device).items():
+    for key, latency in measure(variants, protocol=protocol, inputs=feeds, device=device).items():
         told = latency.environment
         found[key] = {
+            "executed": None,
+            "calls": latency.runs,
             "latency_p50_ms": latency.wall_p50_ms,
             "latency_p90_ms": latency.wall_p90_ms,
             "latency_p99_ms": latency.wall_p99_ms,
