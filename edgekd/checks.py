@@ -147,6 +147,12 @@ def parity_check(
     return Check(name, agreement, limit, interval, verdict, "share", note)
 
 
+def with_unit(value: float, unit: str) -> str:
+    """A figure of a check in words: a share as percent, a ratio with the sign ×."""
+    factor = 100 if unit == "share" else 1
+    return f"{factor * value:.4g}" + {"": "", "ratio": "×", "share": " %"}.get(unit, f" {unit}")
+
+
 def coverage_check(
     nodes: float | None, macs: float | None, limit: float | None, *, name: str = "int8 coverage"
 ) -> Check:
@@ -156,7 +162,7 @@ def coverage_check(
     """
     if macs is None:
         return Check(name, None, limit, None, "NOT_MEASURED", "share", "the runtime does not tell")
-    note = "share of multiply-accumulates" + ("" if nodes is None else f"; {nodes:.1%} of layers")
+    note = "of multiply-accumulates" + ("" if nodes is None else f", {100 * nodes:.1f} % of layers")
     if limit is None:
         return Check(name, macs, None, None, "PASS", "share", f"{note}; no limit set")
     return Check(name, macs, limit, None, "PASS" if macs >= limit else "FAIL", "share", note)

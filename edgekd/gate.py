@@ -65,8 +65,9 @@ class LatencyVerdict:
     reason: str
 
     def check(self, max_ratio: float) -> Check:
-        """As a line of the gate."""
+        """As a line of the gate; its numbers are not told again in the note."""
         ratio = self.candidate
+        note = self.reason if ratio is None else self.reason.removeprefix(_text(ratio)).lstrip(": ")
         return Check(
             name="latency over reference",
             measured=None if ratio is None else ratio.ratio,
@@ -74,7 +75,7 @@ class LatencyVerdict:
             interval=None if ratio is None else (ratio.lo, ratio.hi),
             verdict=self.verdict,
             unit="ratio",
-            note=self.reason,
+            note=note,
         )
 
 
@@ -207,12 +208,12 @@ def latency_verdict(
         band = f"{1 / aa_limit:.3f} to {aa_limit:.3f}"
         reason = f"the reference against itself reads {_text(control)}, wholly outside {band}"
     elif candidate.lo > max_ratio:
-        verdict, reason = "FAIL", f"{_text(candidate)}: slower than {max_ratio:.3f} times the reference"
+        verdict, reason = "FAIL", f"{_text(candidate)}: slower than {max_ratio:g} times the reference"
     elif candidate.hi <= max_ratio:
-        verdict, reason = "PASS", f"{_text(candidate)}: within {max_ratio:.3f} times the reference"
+        verdict, reason = "PASS", f"{_text(candidate)}: within {max_ratio:g} times the reference"
     else:
         verdict = "INCONCLUSIVE"
-        reason = f"{_text(candidate)} includes the limit {max_ratio:.3f}; more restarts narrow it"
+        reason = f"{_text(candidate)} includes the limit {max_ratio:g}; more restarts narrow it"
     return LatencyVerdict(candidate, control, level, len(sessions), verdict, reason)
 
 

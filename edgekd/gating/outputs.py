@@ -10,6 +10,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from edgekd import __version__
+from edgekd.checks import with_unit
 from edgekd.errors import StorageError
 from edgekd.files import write_bytes, write_json, write_text
 
@@ -133,11 +134,11 @@ def measured(check: Mapping[str, Any]) -> str:
     """The number with its interval and its limit, in words."""
     if check["measured"] is None:
         return "not measured"
-    unit = "" if check["unit"] in ("", "ratio", "share") else f" {check['unit']}"
-    text = f"{check['measured']:.4g}{unit}"
+    text = with_unit(check["measured"], check["unit"])
     if check["interval"] is not None:
-        text += " [{:.4g}, {:.4g}]".format(*check["interval"])
-    return text if check["limit"] is None else f"{text}, limit {check['limit']:.4g}"
+        factor = 100 if check["unit"] == "share" else 1
+        text += " [{:.4g}, {:.4g}]".format(*(factor * bound for bound in check["interval"]))
+    return text if check["limit"] is None else f"{text}, limit {with_unit(check['limit'], check['unit'])}"
 
 
 def summary(result: Mapping[str, Any]) -> str:

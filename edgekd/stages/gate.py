@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from edgekd.backends.feeds import image_feed
-from edgekd.checks import Check, Verdict, accuracy_check, coverage_check, overall, parity_check, size_check
+from edgekd.checks import (
+    Check,
+    Verdict,
+    accuracy_check,
+    coverage_check,
+    overall,
+    parity_check,
+    size_check,
+    with_unit,
+)
 from edgekd.gate import LatencyLimits, LatencySession, LatencyVerdict, latency_verdict, run_latency_gate
 from edgekd.profiler import Protocol, SessionResult, Variant, run_session
 from edgekd.stages.bench import Bench
@@ -39,7 +48,7 @@ def run(bench: Bench) -> dict[str, Any]:
     speedup = _speedup(bench, shipped, sessions)
     verdict = overall(checks)
     for check in checks:
-        measured = "" if check.measured is None else f" {check.measured:.4g} {check.unit}"
+        measured = "" if check.measured is None else f" {with_unit(check.measured, check.unit)}"
         bench.run.reporter.say(f"  {check.verdict:12} {check.name}{measured}")
     gate = {
         "checks": [check.record() for check in checks],
@@ -102,7 +111,8 @@ def _why(bench: Bench, shipped: Planned) -> str:
     def told(plan: Planned) -> str:
         form = f" (mixed: {len(mixed)} layers in float)" if mixed and plan.quantized else ""
         cost = f"{rows[plan.id]['cpu_p50_ms']:.3g} ms of CPU time"
-        return f"{plan.id}{form} {cost}, {_lost(bench, plan):.2f} points lost"
+        lost = _lost(bench, plan)
+        return f"{plan.id}{form} {cost}, {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}"
 
     others = [plan for plan in _measured(bench) if plan.id != shipped.id]
     out = {plan.id: why for plan in others if (why := _excluded(bench, plan))}

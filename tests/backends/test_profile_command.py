@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 
 from edgekd.cli import cli
 from edgekd.errors import BundleError, UsageError
-from tests.backends.small_models import residual_net, small_bundle
+
+from .small_models import residual_net, small_bundle
 
 ONE = ("--backend", "onnxruntime", "--calls", "64")
 

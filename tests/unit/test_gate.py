@@ -63,7 +63,7 @@ def test_twenty_percent_slower_fails() -> None:
     assert result.verdict == "FAIL"
     assert result.candidate is not None
     assert result.candidate.ratio == pytest.approx(1.2, abs=0.03)
-    assert "1.050" in result.reason
+    assert "slower than 1.05 times" in result.reason
 
 
 def test_noise_at_the_limit_is_inconclusive() -> None:

@@ -130,7 +130,7 @@ def test_coverage_verdicts() -> None:
     assert coverage_check(1.0, 0.95, 0.95).verdict == "PASS"
     check = coverage_check(0.5, 0.949, 0.95)
     assert (check.verdict, check.measured) == ("FAIL", 0.949)
-    assert "50.0% of layers" in check.note
+    assert "50.0 % of layers" in check.note
     assert coverage_check(None, 1.0, 0.95).verdict == "PASS"
     assert coverage_check(None, None, 0.95).verdict == "NOT_MEASURED"
 
