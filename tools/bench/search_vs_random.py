@@ -2,11 +2,12 @@
 
     python tools/bench/search_vs_random.py --run runs/jetson --random 5 --epochs 15 --seeds 0 1 2
 
-The run's folder must hold a finished search; one with `search.refine` has two students of its own. Rivals: the
-candidates of its search with the most multiply-accumulates and with the most parameters within the budget,
-random students drawn uniformly from the same space that meet the budget and are within 10 % of the chosen
-student's predicted latency, and the widest MobileNetV2 that meets the budget. Prints a line per training as it ends, then a table with 95 % t intervals
-over the seeds and a JSON line. On a CUDA device all train side by side.
+The run's folder must hold a finished search; one with `search.refine` has two students of its own. Rivals:
+the candidates of its search with the most multiply-accumulates and with the most parameters within the
+budget, random students drawn uniformly from the same space that meet the budget and are within 10 % of the
+chosen student's predicted latency, and the widest MobileNetV2 that meets the budget. Prints a line per
+training as it ends, then a table with 95 % t intervals over the seeds and a JSON line. On a CUDA device all
+train side by side.
 """
 
 from __future__ import annotations
