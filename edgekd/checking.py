@@ -228,7 +228,8 @@ def _line(row: dict[str, Any]) -> str:
     difference = "not a number" if golden["max_abs_diff"] is None else f"{golden['max_abs_diff']:.3g}"
     parts = [row["reason"]] if row["reason"] else []
     parts.append(
-        f"{row['runtime']} {row['version']}, golden outputs within {difference} of {golden['tolerance']:.3g}"
+        f"{row['runtime']} {row['version']}, golden outputs differ by {difference} at most, "
+        f"{golden['tolerance']:.3g} allowed"
     )
     if row["kernels"] is None:
         return "; ".join([*parts, f"kernels not known: {row['untold']}"])

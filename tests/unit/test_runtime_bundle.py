@@ -93,6 +93,18 @@ def test_a_call_wants_preprocessed_float32(bundle: Path, array: Any) -> None:
         load(bundle)(array)
 
 
+def test_a_good_call_does_not_open_the_door_for_a_bad_one(bundle: Path) -> None:
+    model, good = load(bundle), np.zeros((2, 1, 8, 10), np.float32)
+    first = model(good)
+    for bad in (good.astype(np.float64), good.astype(">f4"), good[:, :, :, :9], good[0], good.tolist()):
+        with pytest.raises(ValueError, match=r"expected a float32 array"):
+            model(bad)  # type: ignore[arg-type] # that is the point
+    turned = np.asfortranarray(np.random.default_rng(0).normal(size=good.shape).astype(np.float32))
+    np.testing.assert_array_equal(model(turned), model(turned.copy(order="C")))
+    assert model(good[:1]).shape == (1, 3)
+    np.testing.assert_array_equal(model(good), first)
+
+
 def flip(path: Path, position: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
