@@ -186,7 +186,7 @@ class CachedTeacher:
 
     def _ask(self, part: Tensor) -> list[Tensor]:
         inputs = self._views.batch(part.to(self._views.device)).cpu()
-        return [logits(inputs) for logits in self._teachers]
+        return [logits(inputs).cpu() for logits in self._teachers]  # processes on other devices read them
 
     def outputs(self, rows: Tensor) -> Outputs:
         """Rows of what `of` gave as outputs: the logits of further teachers are the exits."""
