@@ -111,7 +111,7 @@ class Roofline:
         self._peak = self._peak_gflops(target.primary)
         self.known = self._bandwidth is not None and self._peak is not None
         self.note = (
-            "card roofline, about ±50 %; orders candidates, proves nothing"
+            "from the card's figures; it orders candidates and proves nothing"
             if self.known
             else "the card has no compute or bandwidth figure: latency unknown, MACs order the candidates"
         )

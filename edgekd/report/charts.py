@@ -181,7 +181,11 @@ def search_scatter(record: Record) -> Markup:
         *([(mark("circle", 8, 8, 4, "c0"), "finalist at its measured latency")] if measured else []),
     ]
     left_out = len(candidates) - len(points) - len(unscored)
-    note = "Dot area grows with MACs. Baselines: what the number of MACs or of parameters would have chosen."
+    note = (
+        "Dot area grows with MACs. Chosen within the budget: the highest sum of two ranks, of the score and "
+        "of the MACs; measured latencies and a second stage, where any, decide among the next best. "
+        "Baselines: what the number of MACs or of parameters would have chosen."
+    )
     if unscored:
         number_of = "1 candidate was" if len(unscored) == 1 else f"{len(unscored)} candidates were"
         note += f" {number_of} not scored: hollow dots on the lower edge."

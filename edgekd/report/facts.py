@@ -214,8 +214,10 @@ def variants(record: Record) -> list[Record]:
 
 
 def backends(record: Record) -> dict[str, Record]:
-    """What each runtime did with the model that is shipped to it."""
-    return {name: row for name, row in tables(record, "metrics", "backends").items() if row}
+    """What each runtime that the target uses did with the model that is shipped to it."""
+    unused = f"target '{text(record, 'target', 'id')}' does not use "
+    found = tables(record, "metrics", "backends").items()
+    return {name: row for name, row in found if row and not text(row, "reason").startswith(unused)}
 
 
 def primary(record: Record) -> Record:

@@ -164,7 +164,7 @@ def parity_section(record: Record) -> Markup:
     ]
     teacher = number(record, "metrics", "teacher", "logits_max_abs_diff")
     note = (
-        f"Teacher: {facts.significant(teacher, 2)} between "
+        f"Logits of the teacher differ by {facts.significant(teacher, 2)} at most between "
         f"{text(record, 'metrics', 'teacher', 'runtime') or 'its runtime'} and torch."
         if teacher is not None else ""
     )  # fmt: skip

@@ -22,7 +22,7 @@ import sample_record
 
 from edgekd.errors import StorageError
 from edgekd.report import html_report, markdown_report, print_summary, write_reports
-from edgekd.report.facts import bounds, latency, primary, significant, wilson
+from edgekd.report.facts import backends, bounds, latency, primary, significant, wilson
 from edgekd.report.headlines import headline_figures
 from edgekd.report.sensitivity import sensitivity_bars
 from edgekd.report.svg import Axis, fit_axis
@@ -425,3 +425,15 @@ def test_a_finalist_tells_its_predicted_and_its_measured_latency() -> None:
     assert "finalist at its measured latency" in page
     record["metrics"]["search"]["finalists"] = None
     assert "finalist at its measured latency" not in html_report(record)
+
+
+def test_a_runtime_that_the_target_does_not_use_is_not_told_of() -> None:
+    made = sample_record.full_record()
+    made["target"]["id"] = "x86-amx-server"
+    reason = "target 'x86-amx-server' does not use tensorrt"
+    made["metrics"]["backends"]["tensorrt"] = {"id": None, "backend": "tensorrt", "reason": reason}
+    assert "tensorrt" not in backends(made)
+    assert reason not in markdown_report(made)
+    page, _, _ = html_report(made).partition('id="record"')
+    assert reason not in page
+    assert "unnamed" not in page
