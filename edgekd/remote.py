@@ -40,6 +40,7 @@ _LEAVES = {
     95: ("there is no such Python", "name one: ssh://user@host/path/to/python"),
     96: ("another measurement has held it for too long", "one measurement at a time; wait for the other"),
     97: ("its folder for temporary files cannot be written", "free some space on its disk"),
+    98: ("its Python has no numpy", "there: python3 -m pip install numpy onnxruntime; or name another one"),
     124: ("the measurement did not end in time", "fewer rounds, or a smaller model"),
 }
 # What ssh says, in the order in which it is looked for.
@@ -55,6 +56,8 @@ _REFUSALS = (
     ("No route to host", "there is no way to it", "is it on, and in this network?"),
     ("No space left on device", "its disk is full", "free some space on its disk"),
 )  # fmt: skip
+_FITS = """import sys, importlib.util as find
+sys.exit(94 if sys.version_info < (3, 10) else 98 if find.find_spec("numpy") is None else 0)"""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never an option of ssh
 _FILES = ("__init__.py", "errors.py", "runtime.py", "worker.py")
 
@@ -112,7 +115,7 @@ class Remote(ABC):
             "trap 'exit 99' HUP INT TERM PIPE",
             'cd "$here" && mkdir in out && tar -C in -xf - || exit 97',
             f"command -v {python} >/dev/null || exit 95",
-            f"{python} -c 'import sys; sys.exit(sys.version_info < (3, 10))' || exit 94",
+            f"{python} -c {shlex.quote(_FITS)} || exit $(( $? == 98 ? 98 : 94 ))",
             "if command -v flock >/dev/null; then",
             f'exec 9>"${{TMPDIR:-/tmp}}/edgekd-$(id -u).lock"; flock -w {_LOCK_S} 9 || exit 96; fi',
         ]
@@ -179,6 +182,8 @@ class Remote(ABC):
             for there, here in names.items():
                 refusal["message"] = refusal["message"].replace(there, here)
             refusal["message"] = f"{self.name}: {refusal['message']}"
+            if missing := re.search(r"needs the package '([^']+)'", refusal["message"]):
+                refusal["hint"] = f"there: {self.python} -m pip install {missing[1]}"
         machine = (answer.get("result") or {}).get("environment")
         if machine is not None:
             read = {name: data.decode(errors="replace").strip() for name, data in files.items()}

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import venv
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -331,6 +332,27 @@ def test_a_refused_login_and_a_closed_port_are_told(server: Server, model: Path)
         closed = probe.getsockname()[1]
         with pytest.raises(DeviceError, match="nothing listens there"):
             _session(server.device(port=closed), model)
+
+
+def test_a_device_without_numpy_or_without_the_runtime_is_told_what_to_install(
+    server: Server, model: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    venv.create(bare, symlinks=True)
+    python = bare / "bin" / "python"
+    with pytest.raises(DeviceError, match="its Python has no numpy") as caught:
+        _session(server.device(python=str(python)), model)
+    assert "pip install numpy onnxruntime" in caught.value.hint
+    (site,) = bare.glob("lib/python*/site-packages")
+    installed = Path(np.__file__).parents[1]
+    for name in ("numpy", "numpy.libs"):
+        if (installed / name).exists():
+            (site / name).symlink_to(installed / name)
+    with pytest.raises(
+        MissingExtraError, match=r"127\.0\.0\.1.*'onnxruntime', which is not installed"
+    ) as missing:
+        _session(server.device(python=str(python)), model)
+    assert missing.value.hint == f"there: {python} -m pip install onnxruntime"
 
 
 def test_a_missing_python_and_a_graph_that_is_refused_are_told(
