@@ -16,6 +16,7 @@ from edgekd.backends.feeds import TO_SHRINK, too_large
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import BackendError, StorageError, UnsupportedModelError, UsageError
 from edgekd.files import sha256_file
+from edgekd.quantize.means import pool_in_one_node
 
 LOWEST_OPSET, HIGHEST_OPSET = 13, 22  # DequantizeLinear with an axis; the last that all runtimes parse
 _QUANTIZED = (
@@ -139,6 +140,7 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
         node.name = node.name or f"{node.op_type}_{number}"
         del node.metadata_props[:]
         node.doc_string = ""
+    pool_in_one_node(simple)
     used = {node.domain for node in simple.graph.node} | {""}
     kept = [entry for entry in simple.opset_import if entry.domain in used]
     del simple.opset_import[:]

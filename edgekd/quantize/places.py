@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from edgekd.errors import UnsupportedModelError
 from edgekd.quantize.onnx_file import FloatModel, element_types
@@ -20,7 +20,7 @@ _ACTIVATIONS = ("Relu", "Clip")  # saturation of an integer kernel does these
 _POOLS = ("GlobalAveragePool", "AveragePool")
 _NOT_A_MAP = ("MatMul", "Gemm", "Softmax", "LayerNormalization", "Transpose", "Constant")
 # Values move and do not change: input and output share one grid.
-_MOVERS = ("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Resize", "Split", "Slice")
+_MOVERS = ("MaxPool", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Resize", "Split", "Slice", "Pad")
 # What each dialect's runtime runs in integers beside the layers; the first asks for quantized outputs too.
 JOINS = {
     "x86-u8-relu0": ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", *_POOLS),
@@ -30,6 +30,9 @@ JOINS = {
 }
 _UNEVEN = 8.0  # times the smallest range among the inputs of a concatenation
 _OUTPUTS_TOO = ("x86-u8-relu0", "arm-s8")
+# OpenVINO carries integers through movers by itself; a second pair behind one is a conversion there and back.
+_CARRIED = ("openvino-u8",)
+_EVEN = 0.5  # of a range that may be centred: least share of the longer side of zero that the shorter one has
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class Operation:
 
 @dataclass(frozen=True)
 class Places:
-    """`operations` by name, in the order of the graph; a tensor in `same_as` has the grid of another."""
+    """`operations` by name, in the order of the graph; a tensor in `same_as` has the grid of another, and
+    where the runtime has `carried` it there, no pair of its own."""
 
     operations: dict[str, Operation]
     same_as: dict[str, str] = field(default_factory=dict)
+    carried: bool = False
 
     @property
     def layers(self) -> tuple[Operation, ...]:
@@ -68,6 +73,11 @@ class Places:
                     name = self.same_as.get(name, name)
         return list(found)
 
+    def pairs(self, names: Iterable[str] | None = None) -> list[str]:
+        """Those of `tensors` that get a pair of Q and DQ."""
+        found = self.tensors(names)
+        return [name for name in found if name not in self.same_as] if self.carried else found
+
     def root(self, tensor: str) -> str:
         """The tensor whose grid this one has."""
         while tensor in self.same_as:
@@ -75,11 +85,14 @@ class Places:
         return tensor
 
 
-def asymmetric_grid(scheme: QuantScheme, low: float, high: float) -> Grid:
-    """The grid of a dialect with 8-bit zero points: 0 is exact, and the range may lie anywhere around it."""
+def asymmetric_grid(scheme: QuantScheme, low: float, high: float, *, centred: bool = False) -> Grid:
+    """The grid of a dialect with 8-bit zero points: 0 is exact, and the range may lie anywhere around it. One
+    that may be `centred` has the zero point 0 where its two sides are about as long."""
     if scheme.symmetric:
         return scheme.grid(low, high)
     low, high = min(low, 0.0), max(high, 0.0)
+    if centred and min(-low, high) >= _EVEN * max(-low, high):
+        return Grid(max(-low, high, 1e-8) / 127, 0, -128, 127)
     scale = max((high - low) / 255, 1e-8)
     return Grid(scale, int(np.clip(np.round(-low / scale), 0, 255)), 0, 255)
 
@@ -107,6 +120,7 @@ class _Finder:
         self._results = {value.name for value in graph.output}
         self._joins = JOINS.get(scheme.dialect, ())
         self._outputs_too = scheme.dialect in _OUTPUTS_TOO
+        self._carried = scheme.dialect in _CARRIED
         kinds = [node.op_type for node in graph.node]
         self._attention = "LayerNormalization" in kinds or {"Softmax", "ReduceMean", "Sqrt"} <= set(kinds)
         self._same_as: dict[str, str] = {}
@@ -127,7 +141,7 @@ class _Finder:
                 + ", ".join(held),
                 "layers inside If and Loop, and recurrent cells, stay float; there is nothing to quantize",
             )
-        return Places(operations, self._same_as)
+        return Places(operations, self._same_as, self._carried)
 
     def _layer(self, node: onnx.NodeProto) -> Operation | None:
         weight = self._stored.get(node.input[1])
@@ -201,6 +215,15 @@ class _Finder:
             readers = self._readers.get(tensor, [])
         return tensor
 
+    def _pads_with_zeros(self, node: onnx.NodeProto) -> bool:
+        """Zero is a code of every grid."""
+        if any(a.name == "mode" and a.s != b"constant" for a in node.attribute):
+            return False
+        value = self._stored.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if value is None:
+            return len(node.input) < 3 or not node.input[2]
+        return not numpy_helper.to_array(value).any()
+
     def _follow(self, tensor: str) -> None:
         """Tie the tensor to the one that an operator which only moves values reads."""
         node = self._maker.get(tensor)
@@ -209,6 +232,11 @@ class _Finder:
         if node.op_type == "Resize" and not any(
             a.name == "mode" and a.s == b"nearest" for a in node.attribute
         ):
+            return
+        before = self._maker.get(node.input[0])
+        if self._carried and self._attention and before is not None and before.op_type == "Transpose":
+            return  # heads of attention put together: one conversion behind it, none within
+        if node.op_type == "Pad" and not self._pads_with_zeros(node):
             return
         source = node.input[0]
         _, rank = self._types.get(source, (0, None))
@@ -229,7 +257,7 @@ def without_uneven_joins(places: Places, reach: Mapping[str, float]) -> Places:
         found = [reach[places.root(tensor)] for tensor in operation.reads]
         return operation.kind != "Concat" or max(found) <= _UNEVEN * min(found)
 
-    return Places({name: one for name, one in places.operations.items() if even(one)}, places.same_as)
+    return replace(places, operations={name: one for name, one in places.operations.items() if even(one)})
 
 
 def weight_matrix(weight: NDArray[np.float32], operation: Operation) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from edgekd.quantize.means import mean_in_one_node
 from edgekd.quantize.places import Places
 from edgekd.quantize.qdq import add_pair, add_weight, assert_counts, count_kinds, sort_nodes
 from edgekd.quantize.scheme import Grid
@@ -44,7 +45,8 @@ def write_quantized(
     """The QDQ graph with the operations `only` (all by default) in integers; the others compute in float.
 
     Args:
-        signed: store activations as int8; real values are the same as in uint8.
+        signed: store activations as int8; real values are the same as in uint8. A grid with negative codes
+            always is.
         activations: False quantizes weights alone.
 
     Raises:
@@ -57,9 +59,12 @@ def write_quantized(
     del graph.value_info[:]
     _set_floats(graph, numbers.floats)
     before = count_kinds(graph)
-    tensors = places.tensors(chosen) if activations else []
+    tensors = places.pairs(chosen) if activations else []
+    moved = mean_in_one_node(made) if places.carried else {}
     for name in tensors:
-        _quantize_activation(graph, name, numbers.grids[name].shifted(signed), signed)
+        grid = numbers.grids[name]
+        held = signed or grid.qmin < 0
+        _quantize_activation(graph, moved.get(name, name), grid.shifted(held), held)
     written = 0
     for operation in (places.operations[name] for name in chosen):
         if operation.weight:

@@ -7,9 +7,10 @@
 
 `train`: networks for each set, as ONNX files beside the test samples; on a CUDA device where there is one.
 `engines`: `edgekd quantize MODEL.onnx --compare-engines` for each set, network and seed, which draws the
-samples that calibrate, decide and report. `bits`: of the residual network, without training, with training on
-labels alone, and with the float network as a teacher; same images, order, rate and epochs; the seed draws the
-calibration images and the order.
+samples that calibrate, decide and report; and edgekd's file against each engine's alone, as quantize_pairs.py
+does and says why. `bits`: of the residual network, without training, with training on labels alone, and with
+the float network as a teacher; same images, order, rate and epochs; the seed draws the calibration images and
+the order.
 
 Each call writes one JSON file named after what it ran, so that processes for several networks, sets and seeds
 may run side by side into one --out; --merge makes one table of their files. Expects the sets and the weights
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from quantize_networks import DEVICE, SETS, accuracy, given_residual, read, stage, write_models
+from quantize_pairs import ratios
 from quantize_tables import bits_table, engines_table, models_table
 
 from edgekd.quantize.capture import capture
@@ -41,6 +43,8 @@ from edgekd.target import find_target
 from edgekd.tasks.classification import normalise
 from edgekd.train import evaluate, fit
 from edgekd.views import CachedTeacher, Views
+
+_OURS = {"onnxruntime": "int8-x86-u8-relu0.onnx", "openvino": "int8-openvino-u8.onnx"}
 
 
 def engines(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -75,11 +79,16 @@ def _engines_of(arguments: argparse.Namespace, path: Path, key: dict[str, Any]) 
     print(f"{key}: kept {record['chosen']}; failed {record['engines_failed']}", file=sys.stderr)
     reported, load = record["calibration"]["reporting"], os.getloadavg()[0]
     facts = key | {"reported": reported, "load": load, "kept": record["chosen"]}
+    rows = [facts | row for row in record["candidates"]]
+    for row in rows:
+        ours = arguments.out / "-".join(map(str, key.values())) / "candidates" / _OURS[row["runtime"]]
+        if row["engine"] != "edgekd" and row["cpu_p50_ms"] and ours.exists():
+            row["pairs"] = ratios(row["runtime"], Path(row["file"]), ours, arguments.pairs, 60)
     failed = [
         facts | {"id": name, "engine": name, "drop": None, "reason": reason}
         for name, reason in record["engines_failed"].items()
     ]
-    return [facts | row for row in record["candidates"]] + failed
+    return rows + failed
 
 
 def bits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -137,6 +146,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=0, help="test images; 0 is all")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--calibration-images", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=4, help="sessions of each engine against edgekd alone")
     parser.add_argument("--qat", type=int, default=0, help="passes of `edgekd quantize --qat`; 0 is none")
     parser.add_argument("--rate", type=float, default=5e-4, help="rate of quantization-aware training")
     parser.add_argument("--threads", type=int, default=1, help="of torch, where there is no CUDA device")

@@ -35,10 +35,12 @@ def models_table(rows: list[Row]) -> str:
 
 def engines_table(rows: list[Row]) -> str:
     """CPU time is that of a call over fp32's, and over that of the fastest int8 file, on the same runtime in
-    the same session (all candidates interleaved in one process): the median over sessions."""
+    the same session (all candidates interleaved in one process): the median over sessions. The last column is
+    edgekd's file over this engine's, the two alone in a process: mean and standard error over sessions."""
     lines = [
-        "| set | network | candidate | points lost | CPU time / fp32 | / fastest int8 | int8 MACs | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| set | network | candidate | points lost | CPU time / fp32 | / fastest int8 | int8 MACs | seeds "
+        "| edgekd / it |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     reasons = []
     for (images, network), mine in _groups(rows, "images", "network").items():
@@ -48,14 +50,22 @@ def engines_table(rows: list[Row]) -> str:
             lost = spread([row["drop"] for row in same])
             plain = _median(same, sessions, lambda row: row["form"] == "fp32")
             best = _median(same, sessions, lambda row: row["form"] in ("int8", "mixed"))
-            covered = statistics.mean(row["int8_coverage_macs"] for row in same)
-            facts = (images, network, name, lost, plain, best, f"{100 * covered:.0f} %", len(same))
+            known = [row["int8_coverage_macs"] for row in same if row["int8_coverage_macs"] is not None]
+            covered = f"{100 * statistics.mean(known):.0f} %" if known else "not known"
+            facts = (images, network, name, lost, plain, best, covered, len(same), _alone(same))
             lines.append(f"| {' | '.join(map(str, facts))} |")
         for row in mine:
             if row not in timed:
                 told = str(row["reason"]).splitlines()[0]
                 reasons.append(f"- {images}, {network}, seed {row['seed']}, {row['id']}: {told}")
     return "\n".join([*lines, "", *dict.fromkeys(reasons)])
+
+
+def _alone(rows: list[Row]) -> str:
+    found = [ratio for row in rows for ratio in row.get("pairs", ())]
+    if len(found) < 2:
+        return ""
+    return f"{statistics.mean(found):.3f} ± {statistics.stdev(found) / len(found) ** 0.5:.3f}"
 
 
 def _median(

@@ -1,0 +1,138 @@
+"""Operators that only move values, and the mean over a map: integers go through them, converted once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+
+from edgekd.backends import backend
+from edgekd.quantize.onnx_file import load_float
+from edgekd.quantize.post_training import PostTraining
+from edgekd.quantize.quality import judge
+from edgekd.quantize.scheme import scheme_for
+from edgekd.target import find_target
+
+from .file_models import CLASSES, SIZE, pictures, save_model
+
+pytestmark = pytest.mark.backends
+DIALECTS = (("x86-u8-relu0", "onnxruntime"), ("openvino-u8", "openvino"))
+
+
+def samples(count: int = 64) -> NDArray[np.float32]:
+    """Normalised pixels, so that the input has negative values."""
+    pixels = pictures(count).transpose(0, 3, 1, 2).astype(np.float32)
+    return np.ascontiguousarray(pixels / 64 - 1.6)
+
+
+def network(path: Path, mean: list[onnx.NodeProto], opset: int = 17, **more: NDArray[Any]) -> Path:
+    """Convolutions behind a pad, a pool, a split, a resize and a slice; `mean` makes ``f`` (N, 16)
+    of ``s``."""
+    draw, make = np.random.default_rng(0), helper.make_node
+
+    def conv(name: str, source: str, target: str, pad: int = 1) -> onnx.NodeProto:
+        return make("Conv", [source, f"{name}.w", f"{name}.b"], [target], name, pads=[pad] * 4)
+
+    nodes = [
+        make("Pad", ["x", "pads"], ["xp"], "pad"),
+        conv("c1", "xp", "a", 0),
+        make("Relu", ["a"], ["ar"], "relu1"),
+        make("MaxPool", ["ar"], ["m"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
+        make("Split", ["m", "halves"], ["m1", "m2"], "split", axis=1),
+        conv("c2", "m1", "b"),
+        conv("c3", "m2", "c"),
+        make("Concat", ["b", "c"], ["j"], "join", axis=1),
+        make("Resize", ["j", "", "scales"], ["r"], "resize", mode="nearest"),
+        conv("c4", "r", "d"),
+        make("Slice", ["d", "starts", "ends", "axes"], ["e"], "slice"),
+        conv("c5", "e", "s"),
+        *mean,
+        make("Gemm", ["f", "fc.w", "fc.b"], ["y"], "fc", transB=1),
+    ]
+    weights: dict[str, NDArray[Any]] = {
+        "pads": np.array([0, 0, 1, 1, 0, 0, 2, 2]), "halves": np.array([8, 8]),
+        "scales": np.array([1, 1, 2, 2], "f4"), "starts": np.array([1, 1]), "ends": np.array([9, 9]),
+        "axes": np.array([2, 3]), "fc.w": draw.standard_normal((CLASSES, 16)).astype("f4"),
+        "fc.b": np.zeros(CLASSES, "f4"), **more,
+    }  # fmt: skip
+    for name, inputs, outputs in (
+        ("c1", 3, 16), ("c2", 8, 8), ("c3", 8, 8), ("c4", 16, 16), ("c5", 16, 16)
+    ):  # fmt: skip
+        shape = (outputs, inputs, 3, 3)
+        weights[f"{name}.w"] = (draw.standard_normal(shape) / (3 * inputs**0.5)).astype("f4")
+        weights[f"{name}.b"] = (0.1 * draw.standard_normal(outputs)).astype("f4")
+    return save_model(nodes, weights, path, opset=opset, shape=("N", 3, SIZE, SIZE))
+
+
+MEANS: dict[str, tuple[int, list[onnx.NodeProto], dict[str, NDArray[Any]]]] = {
+    "reduce": (17, [helper.make_node("ReduceMean", ["s"], ["f"], "mean", axes=[2, 3], keepdims=0)], {}),
+    "reduce-kept": (
+        18,
+        [
+            helper.make_node("ReduceMean", ["s", "map"], ["p"], "mean"),
+            helper.make_node("Reshape", ["p", "rows"], ["f"], "flat"),
+        ],
+        {"map": np.array([-1, -2]), "rows": np.array([-1, 16])},
+    ),
+    "pool": (
+        17,
+        [
+            helper.make_node("GlobalAveragePool", ["s"], ["p"], "mean"),
+            helper.make_node("Squeeze", ["p", "map"], ["f"], "flat"),
+        ],
+        {"map": np.array([2, 3])},
+    ),
+}
+
+
+@pytest.mark.parametrize(("dialect", "runtime"), DIALECTS)
+@pytest.mark.parametrize("mean", MEANS)
+def test_every_layer_behind_a_mover_runs_in_integers_and_computes_the_float_network(
+    mean: str, dialect: str, runtime: str, tmp_path: Path
+) -> None:
+    opset, nodes, more = MEANS[mean]
+    path = network(tmp_path / "m.onnx", nodes, opset, **more)
+    scheme = replace(scheme_for(find_target("x86")), dialect=dialect)
+    work = PostTraining(load_float(path), scheme, lambda: iter([{"x": samples()}]))
+    onnx.save(work.write(work.numbers("min-max")), tmp_path / "q.onnx")
+    exact = backend("onnxruntime").open(path).run(samples())
+    got = backend(runtime).open(tmp_path / "q.onnx").run(samples())
+    assert judge(exact, got, None).signal_to_noise_db > 25
+    coverage = backend(runtime).coverage(tmp_path / "q.onnx")
+    assert (coverage.int8_nodes, coverage.int8_macs) == (1.0, 1.0)
+    if runtime == "openvino":  # quantized at the input alone; all later codes are made by kernels
+        kinds = [layer.op.split()[0] for layer in coverage.layers]
+        assert kinds.count("FakeQuantize") <= 1, kinds
+        assert "Convert" not in kinds
+
+
+def test_a_pad_with_another_value_than_zero_has_a_grid_of_its_own(tmp_path: Path) -> None:
+    opset, nodes, more = MEANS["reduce"]
+    model = onnx.load(network(tmp_path / "m.onnx", nodes, opset, **more))
+    model.graph.node[0].input.append("border")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(9, "f4"), "border"))
+    onnx.save(model, tmp_path / "m.onnx")
+    work = PostTraining(
+        load_float(tmp_path / "m.onnx"), scheme_for(find_target("x86")), lambda: iter([{"x": samples()}])
+    )
+    assert work.numbers("min-max").grids["xp"].scale > 9 / 255  # the picture reaches 2.4
+
+
+def test_a_tensor_of_both_signs_is_centred_for_openvino_alone(tmp_path: Path) -> None:
+    """Without a zero point there is nothing to add beside the products of a convolution."""
+    opset, nodes, more = MEANS["reduce"]
+    path = network(tmp_path / "m.onnx", nodes, opset, **more)
+    points = {}
+    for dialect, _ in DIALECTS:
+        scheme = replace(scheme_for(find_target("x86")), dialect=dialect)
+        work = PostTraining(load_float(path), scheme, lambda: iter([{"x": samples()}]))
+        grids = work.numbers("min-max").grids
+        points[dialect] = {name: grids[name].zero_point for name in ("b", "c")}
+    assert set(points["openvino-u8"].values()) == {0}
+    assert 0 not in points["x86-u8-relu0"].values()
