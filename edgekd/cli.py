@@ -241,12 +241,14 @@ def report(run: Path, other: Path | None, out: Path | None) -> None:
     from edgekd.report import comparison_markdown, comparison_page, write_reports
 
     paths = [path / "record.json" if path.is_dir() else path for path in (run, other) if path is not None]
-    records = [read_json(path) for path in paths]
+    hint = "give a run's folder, or its record.json; edgekd compress makes one"
+    for path in paths:
+        if not path.is_file():
+            raise StorageError(f"{path.parent} is not the folder of a run: it has no record.json", hint)
+    records = [read_json(path, hint) for path in paths]
     for path, record in zip(paths, records, strict=True):
         if not isinstance(record, dict) or "stages" not in record:
-            raise StorageError(
-                f"{path} is not the record of a run", "give a run's folder, or its record.json"
-            )
+            raise StorageError(f"{path} is not the record of a run", hint)
     if other is None:
         if out is not None:
             raise click.UsageError("--out is for two runs; the report of one is written into its folder")

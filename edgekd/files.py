@@ -113,7 +113,7 @@ def append_text(path: Path, text: str) -> None:
         ) from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, hint: str = "delete it and run the stage again") -> Any:
     """Read a JSON file.
 
     Raises:
@@ -122,4 +122,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read {path}: {error}", "delete it and run the stage again") from error
+        raise StorageError(f"cannot read {path}: {error}", hint) from error

@@ -150,7 +150,11 @@ def _latency(first: Record, second: Record) -> list[Row]:
         if one is not None or other is not None:
             found.append((label, facts.milliseconds(one), facts.milliseconds(other), _ratio(one, other)))
     if found:
-        for label, key in (("variant", "id"), ("device", "latency_device"), ("runtime", "version")):
+        for label, key in (
+            ("variant", "id"),
+            ("device", "latency_device"),
+            ("version of its runtime", "version"),
+        ):
             found.append(_row(label, text(sides[0], key), text(sides[1], key)))
     return found
 
@@ -169,10 +173,18 @@ def _checks(first: Record, second: Record) -> list[Row]:
         shown = []
         for side in sides:
             check = side.get(name)
-            value = "" if check is None else facts.quantity(number(check, "measured"), text(check, "unit"))
+            known = check is not None and number(check, "measured") is not None
+            value = facts.quantity(number(check, "measured"), text(check, "unit")) if known else ""
             shown.append("not checked" if check is None else f"{text(check, 'verdict')} {value}".strip())
         verdicts = [text(side.get(name, {}), "verdict") for side in sides]
-        found.append((name, shown[0], shown[1], "" if verdicts[0] == verdicts[1] else "the verdict differs"))
+        told = (
+            ""
+            if verdicts[0] == verdicts[1]
+            else "the verdict differs"
+            if all(verdicts)
+            else "in one run only"
+        )
+        found.append((name, shown[0], shown[1], told))
     return found
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import sample_record
@@ -49,6 +50,8 @@ def test_what_changed_is_told_and_what_did_not_is_not() -> None:
     assert list(_part(first, second, "Environment")) == ["packages.torch"]
     checks = _part(first, second, "Checks")
     assert [row[3] for row in checks.values()].count("the verdict differs") == 1
+    second["gate"]["checks"][0]["name"] = "another check"
+    assert _part(first, second, "Checks")["another check"][1:] == ("not checked", ANY, "in one run only")
 
 
 def test_accuracies_on_other_images_are_not_called_a_comparison() -> None:
@@ -93,6 +96,16 @@ def test_the_command_writes_a_page_and_prints_markdown(
         cli.main()
     assert caught.value.code == 18
     assert "is not the record of a run" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").write_text("# no record")
+    for wrong, message in (("empty", "it has no record.json"), ("notes.md", "cannot read notes.md")):
+        monkeypatch.setattr(sys, "argv", ["edgekd", "report", wrong])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 18
+        told = capsys.readouterr().err
+        assert message in told
+        assert "delete" not in told  # it may be anything
 
 
 # What a visitor does: click a head of the table, look at the first column; click again.
