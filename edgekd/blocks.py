@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgekd.nets import Outputs
 from edgekd.spec import LayerShape
 
 
@@ -157,8 +158,13 @@ class Classifier(nn.Module):
         self.classifier = _Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(torch.flatten(self.pool(self.features(x)), 1))
-        return logits
+        return self.outputs(x).logits
+
+    def outputs(self, x: Tensor) -> Outputs:
+        """The logits and what they come from."""
+        features = self.features(x)
+        embedding = torch.flatten(self.pool(features), 1)
+        return Outputs(self.classifier(embedding), embedding, features)
 
 
 def head_layers(width: int, size: int, classes: int) -> list[LayerShape]:

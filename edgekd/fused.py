@@ -1,197 +1,134 @@
-"""A forward pass of a network in training mode, without gradients, in fewer trips through memory.
+"""A forward pass of a student in training mode, without gradients, in fewer trips through memory.
 
-Batch norm in training mode waits for the moments of the whole batch, so each layer writes and reads maps
-that no cache holds. Here a run of convolutions, batch norms and ReLUs takes the images a few at a time: only
-what a convolution gives is kept of all of them, with its moments, and its norm is applied when the next
-convolution reads it. The moments behind a 1x1 convolution that widens a map follow from those in front of it,
-``E[Wx] = W E[x]`` and ``Cov[Wx] = W Cov[x] W^T``, so its norm becomes part of its weight. On a GPU, where
-launches take longer than small maps, a run is what it was with the fewest launches.
+Batch norm in training mode reads a map twice and writes it anew, and small students wait for memory, not for
+arithmetic. So maps keep the channels of a pixel together, which is what convolutions work on; rectifiers work
+in place; and the moments behind a 1x1 convolution that widens a map follow from those in front of it,
+``E[Wx] = W E[x]`` and ``Cov[Wx] = W Cov[x] W^T``: its norm becomes part of its weight, and the widest maps of
+a student are written once. So do those behind the first convolution, from the moments of the images' patches,
+which all students share. On a GPU, where launches cost more than small maps, each layer is one launch.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-_CHUNK_BYTES = 2 << 20  # of the widest map of a few images: what the second cache of a core holds
-Then = Callable[[Tensor], Tensor]
+_COLOURS = 4  # channels at most that tell an image from a map
 
 
 @dataclass(frozen=True)
 class _Link:
-    """A convolution that keeps the size or divides it by its stride; the batch norm behind it, which makes a
-    bias of the convolution void; and perhaps a ReLU."""
+    """A convolution, the batch norm behind it, which makes a bias of the convolution void, and perhaps a
+    ReLU."""
 
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
     rectified: bool
 
-    @property
-    def point(self) -> bool:
-        return self.conv.kernel_size == (1, 1) and self.conv.stride == (1, 1) and self.conv.groups == 1
+    def __call__(self, maps: Tensor) -> Tensor:
+        if maps.is_cuda:
+            return self.launched(maps)
+        moments = self._foretold(maps)
+        maps = maps.contiguous(memory_format=torch.channels_last)  # those of grey images may not be
+        made = self._then_norm(maps) if moments is None else self._with_norm(maps, *moments)
+        return made.relu_() if self.rectified else made
 
-    @property
-    def foretold(self) -> bool:
-        """Whether the moments in front cost less than those behind."""
-        return self.point and 2 * self.conv.in_channels <= self.conv.out_channels
-
-    def convolve(self, maps: Tensor) -> Tensor:
-        if self.point:
-            return _point(self.conv.weight, maps)
+    def _foretold(self, maps: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The moments of what the convolution multiplies, where they cost less than those behind it."""
         conv = self.conv
-        return F.conv2d(maps, conv.weight, None, conv.stride, conv.padding, groups=conv.groups)
+        if conv.groups > 1 or conv.dilation != (1, 1) or isinstance(conv.padding, str):
+            return None
+        if conv.in_channels <= _COLOURS:
+            return _patch_moments(maps, conv.kernel_size, conv.stride, conv.padding)
+        point = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
+        if not point or 2 * conv.in_channels > conv.out_channels:
+            return None
+        return _moments(maps.permute(0, 2, 3, 1).flatten(0, 2))
 
-    def affine(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """What the norm multiplies with and what it adds, (C,) each."""
-        scale = torch.rsqrt(variance.clamp_min(0) + self.norm.eps) * self.norm.weight
-        return scale, self.norm.bias - mean * scale
+    def launched(self, maps: Tensor) -> Tensor:
+        """With the fewest launches."""
+        made = self._then_norm(maps)
+        return made.relu_() if self.rectified else made
+
+    def _then_norm(self, maps: Tensor) -> Tensor:
+        conv, norm = self.conv, self.norm
+        made = F.conv2d(maps, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return F.batch_norm(made, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+
+    def _with_norm(self, maps: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+        conv, norm, weight = self.conv, self.norm, self.conv.weight.flatten(1)
+        variance = (weight @ covariance * weight).sum(1).clamp_min(0)
+        scale = torch.rsqrt(variance + norm.eps) * norm.weight
+        shift = norm.bias - weight @ mean * scale
+        return F.conv2d(maps, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding)
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of (M, D)."""
+    mean = rows.sum(0) / len(rows)
+    return mean, rows.T @ rows / len(rows) - torch.outer(mean, mean)
+
+
+@lru_cache(4)
+def _patch_moments(images: Tensor, *how: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Those of the patches of a batch of images, which is known again by being the same object."""
+    kernel, stride, padding = how
+    patches = F.unfold(images.double(), kernel, padding=padding, stride=stride)
+    mean, covariance = _moments(patches.transpose(1, 2).flatten(0, 1))
+    return mean.float(), covariance.float()
 
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Within the block, runs of convolution, batch norm and ReLU in the network's sequences compute so.
-
-    Every module is still called: the last of a run gives what the run gives, the others what they are given.
-    So hooks see what leaves a run, not what is within; code that calls a layer of a run by itself must not
-    be there. A run with a layer that has several places stays as it is. Running statistics do not move.
-    """
-    changed: list[nn.Module] = []
-    places = Counter(child for parent in model.modules() for child in parent.children())
-    for sequence in model.modules():
-        if not isinstance(sequence, nn.Sequential) or type(sequence).forward is not nn.Sequential.forward:
-            continue
-        for modules, links in _runs(list(sequence)):
-            if len(set(modules)) < len(modules) or any(places[module] > 1 for module in modules):
-                continue
-            for module in modules:
-                module.forward = _same
-            modules[-1].forward = partial(_run, modules, links)
-            changed += modules
+    """Within the block, which is for networks in training mode, convolutions in the network's sequences
+    compute so with the batch norm and the ReLU behind them. Those modules are not called, so their hooks do
+    not run, and no running statistics move."""
+    every = list(model.modules())
+    norms = [module for module in every if isinstance(module, _BatchNorm) and module.track_running_stats]
+    sequences = [module for module in every if isinstance(module, nn.Sequential)]
+    sequences = [one for one in sequences if type(one).forward is nn.Sequential.forward]
     try:
+        for norm in norms:
+            norm.track_running_stats = False
+        for sequence in sequences:
+            vars(sequence)["forward"] = partial(_through, _steps(list(sequence)))
         yield
     finally:
-        for module in changed:
-            vars(module).pop("forward", None)
+        for norm in norms:
+            norm.track_running_stats = True
+        for sequence in sequences:
+            vars(sequence).pop("forward", None)
 
 
-def _same(maps: Tensor) -> Tensor:
+def _through(steps: Sequence[_Link | nn.Module], maps: Tensor) -> Tensor:
+    for step in steps:
+        maps = step(maps)
     return maps
 
 
-def _runs(modules: Sequence[nn.Module]) -> Iterator[tuple[Sequence[nn.Module], list[_Link]]]:
-    """The runs of a sequence: their modules, and the same as links."""
-    links: list[_Link] = []
-    first = at = 0
+def _steps(modules: Sequence[nn.Module]) -> list[_Link | nn.Module]:
+    """The modules of a sequence, those that a link stands for replaced by it."""
+    steps: list[_Link | nn.Module] = []
+    at = 0
     while at < len(modules):
         link = _link(modules[at : at + 3])
-        if link is not None:
-            links.append(link)
-            at += 2 + link.rectified
-            continue
-        if links:
-            yield modules[first:at], links
-        links, first, at = [], at + 1, at + 1
-    if links:
-        yield modules[first:], links
+        steps.append(link or modules[at])
+        at += 1 if link is None else 2 + link.rectified
+    return steps
 
 
 def _link(modules: Sequence[nn.Module]) -> _Link | None:
-    """What a sequence goes on with, if it is one."""
-    if len(modules) < 2:
+    """What a sequence begins with, if it is one."""
+    conv, norm = modules[0], modules[1] if len(modules) > 1 else None
+    if not isinstance(conv, nn.Conv2d) or type(norm) is not nn.BatchNorm2d or not norm.affine:
         return None
-    conv, norm = modules[:2]
-    if not isinstance(conv, nn.Conv2d) or type(norm) is not nn.BatchNorm2d or norm.weight is None:
-        return None
-    same = all(
-        side % 2 == 1 and pad == side // 2 for side, pad in zip(conv.kernel_size, conv.padding, strict=False)
-    )
-    plain = (
-        type(conv).forward is nn.Conv2d.forward and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
-    )
-    if not same or not plain:
+    if type(conv).forward is not nn.Conv2d.forward or conv.padding_mode != "zeros":
         return None
     return _Link(conv, norm, len(modules) > 2 and type(modules[2]) is nn.ReLU)
-
-
-def _run(modules: Sequence[nn.Module], links: Sequence[_Link], maps: Tensor) -> Tensor:
-    strides = 1
-    for link in links:
-        strides *= max(link.conv.stride)
-    if not all(link.norm.training for link in links) or maps.dim() != 4 or min(maps.shape[2:]) <= strides:
-        for module in modules:  # as it is written: a hook may look for the last map larger than a pixel
-            del module.forward
-            maps = module(maps)
-        return maps
-    whole = maps.is_cuda or not any(link.foretold for link in links)
-    return _launched(links, maps) if whole else _chunked(links, maps)
-
-
-def _launched(links: Sequence[_Link], maps: Tensor) -> Tensor:
-    """Three launches a link."""
-    for link in links:
-        norm = link.norm
-        made = link.convolve(maps)
-        maps = F.batch_norm(made, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
-        maps = maps.relu_() if link.rectified else maps
-    return maps
-
-
-def _chunked(links: Sequence[_Link], maps: Tensor) -> Tensor:
-    """A few images at a time."""
-    widest = max(max(link.conv.in_channels, link.conv.out_channels) for link in links)
-    images = max(1, _CHUNK_BYTES // (4 * widest * maps.shape[2] * maps.shape[3]))
-    parts: Sequence[Tensor] = maps.split(1 << images.bit_length() - 1)  # few sizes: kernels are made for each
-    then: Then = _same
-    for link in links:
-        if link.foretold:
-            parts = [then(part) for part in parts]
-            weight, shift = _with_norm(link, parts)
-            then = partial(_pointed, weight, shift, link.rectified)
-            continue
-        parts = [link.convolve(then(part)) for part in parts]
-        then = partial(_scaled, *link.affine(*_moments(parts)), link.rectified)
-    return torch.cat([then(part) for part in parts])
-
-
-def _point(weight: Tensor, maps: Tensor) -> Tensor:
-    """A 1x1 convolution as a product of matrices, (N, C, H, W) to (N, D, H, W)."""
-    made = torch.matmul(weight.flatten(1), maps.flatten(2))
-    return made.view(len(maps), -1, *maps.shape[2:])
-
-
-def _pointed(weight: Tensor, shift: Tensor, rectified: bool, maps: Tensor) -> Tensor:
-    kernels = weight.expand(len(maps), -1, -1)
-    made = torch.baddbmm(shift[:, None], kernels, maps.flatten(2)).view(len(maps), -1, *maps.shape[2:])
-    return made.relu_() if rectified else made
-
-
-def _scaled(scale: Tensor, shift: Tensor, rectified: bool, maps: Tensor) -> Tensor:
-    """In place."""
-    torch.addcmul(shift[:, None, None], maps, scale[:, None, None], out=maps)
-    return maps.relu_() if rectified else maps
-
-
-def _moments(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel over all parts."""
-    count = sum(part[:, 0].numel() for part in parts)
-    mean = torch.stack([part.sum((0, 2, 3)) for part in parts]).sum(0) / count
-    squares = torch.stack([torch.linalg.vector_norm(part, dim=(0, 2, 3)).square() for part in parts])
-    return mean, squares.sum(0) / count - mean.square()
-
-
-def _with_norm(link: _Link, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight (D, C) and shift (D,) of a 1x1 convolution with the norm behind it."""
-    rows = [part.transpose(0, 1).flatten(1) for part in parts]
-    count = sum(row.shape[1] for row in rows)
-    mean = torch.stack([row.sum(1) for row in rows]).sum(0) / count
-    covariance = torch.stack([row @ row.T for row in rows]).sum(0) / count - torch.outer(mean, mean)
-    weight = link.conv.weight.flatten(1)
-    scale, shift = link.affine(weight @ mean, (weight @ covariance * weight).sum(1))
-    return weight * scale[:, None], shift

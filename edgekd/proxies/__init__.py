@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -13,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from edgekd.blocks import Classifier
 from edgekd.errors import UsageError, unknown_name
 from edgekd.fused import fused
 from edgekd.nets import Outputs, tapped_forward
@@ -51,7 +51,7 @@ class Trial:
     """One untrained student and what a score may look at; what a score does not need may be missing.
 
     `inputs` are normalised (N, C, H, W), `labels` int64 (N,), `seed` decides what a score draws itself.
-    `runs`: the student may be run as `edgekd.fused` does.
+    `fresh`: the student is as a space built it, in training mode.
     """
 
     student: nn.Module
@@ -60,14 +60,19 @@ class Trial:
     teacher: Outputs | None = None
     classes: int = 0
     seed: int = 0
-    runs: bool = False
+    fresh: bool = False
 
     @cached_property
     def outputs(self) -> Outputs:
         """The student's outputs in training mode, as batch norm behaves in its first step."""
-        how = fused(self.student) if self.runs else nullcontext()
-        with untouched(self.student, self.seed), how, torch.no_grad():
-            return tapped_forward(self.student, self.inputs, self.classes)
+        with torch.no_grad():
+            if self.fresh and isinstance(self.student, Classifier):
+                with fused(self.student):
+                    found = self.student.outputs(self.inputs)
+                if found.features is not None and found.features[0, 0].numel() > 1:
+                    return found
+            with untouched(self.student, self.seed):
+                return tapped_forward(self.student, self.inputs, self.classes)
 
     @cached_property
     def gradients(self) -> list[Tensor]:

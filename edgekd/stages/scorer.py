@@ -48,10 +48,10 @@ class Scorer:
         started: list[Mapping[str, Tensor | float]] = []
         with _exact(inputs.device):
             for genome in genomes:
-                student = self.space.build(genome, torch.Generator().manual_seed(self.seed)).train()
+                student = self.space.build(genome, torch.Generator().manual_seed(self.seed))
                 if inputs.device.type != "cpu":
                     moved(student, lambda weights: weights.to(inputs.device))
-                trial = Trial(student, inputs, labels, teacher, self.classes, self.seed, runs=True)
+                trial = Trial(student, inputs, labels, teacher, self.classes, self.seed, fresh=True)
                 started.append(made.started(trial))
         return [_finite(terms) for terms in _read(started)]
 
@@ -63,7 +63,9 @@ class Scorer:
         if teacher is not None:
             parts = (teacher.logits, teacher.embedding, teacher.features)
             teacher = Outputs(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
-        return self.inputs.to(device), self.labels.to(device), teacher
+        layout = torch.channels_last if device == "cpu" else torch.contiguous_format
+        inputs = self.inputs.to(device).contiguous(memory_format=layout)
+        return inputs, self.labels.to(device), teacher
 
     @cached_property
     def _packed(self) -> bytes:

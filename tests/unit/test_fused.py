@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import fused as room
+from edgekd.blocks import Classifier
 from edgekd.fused import fused
 from edgekd.nets import Outputs, tapped_forward
 from edgekd.probing import untouched
+from edgekd.proxies import Trial, proxy
 from edgekd.spaces import search_space, space_names
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.stages.scorer import Scorer, in_groups, moved
@@ -54,42 +56,32 @@ def test_a_fused_student_answers_as_it_is_written(
     space: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both orders of work; that of a GPU runs on any device."""
-    monkeypatch.setattr(room, "_CHUNK_BYTES", 4 * 64 * 20 * 20 * 2)  # the batch takes several turns
     if how == "gpu":
-        monkeypatch.setattr(room, "_chunked", room._launched)
+        monkeypatch.setattr(room._Link, "__call__", room._Link.launched)
     for draw in range(3):
         model = student(space, draw)
         before = copy.deepcopy(model.state_dict())
         with untouched(model, 0), torch.no_grad():
             expected = tapped_forward(model, images(), 3)
-            with fused(model):
-                found = tapped_forward(model, images(), 3)
+        assert isinstance(model, Classifier)
+        with fused(model), torch.no_grad():
+            found = model.outputs(images())
         assert_close(found, expected)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_run_down_to_one_pixel_shows_the_last_larger_map() -> None:
+def test_a_last_map_of_one_pixel_is_looked_through() -> None:
+    """The features are then the last larger map, as they are of any network."""
     layers = [nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.BatchNorm2d(4)]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 3)).train()
-    inputs = images(5, 2)
+    model = Classifier(nn.Sequential(*layers), 4, 3).train()
+    nn.init.normal_(model.classifier.weight)
+    nn.init.zeros_(model.classifier.bias)
     with torch.no_grad():
-        expected = tapped_forward(model, inputs, 3)
-        with fused(model):
-            found = tapped_forward(model, inputs, 3)
+        expected = tapped_forward(model, images(5, 2), 3)
     assert expected.features is not None
     assert expected.features.shape == (5, 4, 2, 2)
-    assert_close(found, expected)
-
-
-def test_a_layer_with_two_places_is_left_alone() -> None:
-    relu = nn.ReLU()
-    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), relu, nn.Conv2d(4, 4, 3, padding=1)]
-    model = nn.Sequential(*layers, nn.BatchNorm2d(4), relu).train()
-    with torch.no_grad():
-        expected = model(images())
-        with fused(model):
-            torch.testing.assert_close(model(images()), expected)
+    assert_close(Trial(model, images(5, 2), classes=3, fresh=True).outputs, expected)
 
 
 def test_maps_without_variance_stay_finite() -> None:
@@ -151,3 +143,16 @@ def test_weights_moved_in_one_piece_are_the_same() -> None:
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert len({value.untyped_storage().data_ptr() for value in model.parameters()}) == 1
+
+
+@pytest.mark.parametrize("color", ["grey", "rgb"])
+def test_a_search_scores_as_a_plain_pass_does(color: str) -> None:
+    channels = 1 if color == "grey" else 3
+    spec = ModelSpec(Preprocessing(20, 20, color, (0.0,) * channels, (1.0,) * channels), ("a", "b", "c"))
+    space = search_space("mobile-cnn", spec, 8, (3, 5))
+    batch = 3 + torch.randn(6, channels, 20, 20, generator=torch.Generator().manual_seed(4))
+    made = replace(scorer(), space=space, inputs=batch)
+    for genome in genomes():
+        network = space.build(genome, torch.Generator().manual_seed(0))
+        plain = proxy("diswot").measure(Trial(network, batch, made.labels, made.teacher, 3, 0))
+        assert made(genome) == pytest.approx(plain, rel=1e-3)
