@@ -100,6 +100,11 @@ def in_groups(genomes: Sequence[Genome], device: str, processes: int) -> list[li
     return [list(genomes[at : at + size]) for at in range(0, len(genomes), size)]
 
 
+def one_by_one(group: list[Genome], found: Sequence[Any] | None) -> list[list[Genome]]:
+    """What is left to do where a worker died with a group: each of it alone."""
+    return [[genome] for genome in group] if found is None and len(group) > 1 else []
+
+
 def moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
     """The network with its weights moved in one piece, in place, rather than one by one. Buffers of integers,
     which count batches, stay."""

@@ -25,7 +25,7 @@ from edgekd.search import Candidate, Effort, Found, Genome, Limits, search
 from edgekd.stages.bench import Bench
 from edgekd.stages.finalists import Measured, measure_finalists
 from edgekd.stages.refine import refine
-from edgekd.stages.scorer import OneThread, Scorer, Terms, in_groups
+from edgekd.stages.scorer import OneThread, Scorer, in_groups, one_by_one
 from edgekd.tasks.classification import normalise, to_tensor
 from edgekd.teacher import run_in_batches
 
@@ -231,7 +231,7 @@ class _Evaluator:
                     within[genome] = candidate
         score = self.scorer.many if self.workers.here else OneThread(self.scorer)
         groups = in_groups(list(within), self.scorer.device, self.workers.processes)
-        for group, found in self.workers.run(score, groups, then=_one_by_one):
+        for group, found in self.workers.run(score, groups, then=one_by_one):
             if found is None and len(group) > 1:
                 continue
             if found is None:
@@ -261,11 +261,6 @@ class _Evaluator:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _one_by_one(group: list[Genome], found: list[Terms] | None) -> list[list[Genome]]:
-    """What is left to do where a worker died with a group: each of it alone."""
-    return [[genome] for genome in group] if found is None and len(group) > 1 else []
 
 
 def make_scorer(bench: Bench) -> Scorer:

@@ -24,6 +24,16 @@ class Deadly:
         return sum(genome)
 
 
+class InGroups:
+    """Work for each of a group."""
+
+    def __init__(self, work: Deadly) -> None:
+        self.work = work
+
+    def __call__(self, genomes: list[Genome]) -> list[int]:
+        return [self.work(genome) for genome in genomes]
+
+
 def resources(_: int) -> Any:
     """What the worker of a cluster that runs this was started with."""
     from distributed import get_worker

@@ -20,9 +20,9 @@ from edgekd.pipeline import run_pipeline
 from edgekd.recipe import load_recipe, parse_override
 from edgekd.spaces import search_space
 from edgekd.spec import ModelSpec, Preprocessing
-from edgekd.stages.scorer import OneThread, Scorer, in_groups
+from edgekd.stages.scorer import OneThread, Scorer, in_groups, one_by_one
 
-from .spread_work import Deadly, resources
+from .spread_work import Deadly, InGroups, resources
 
 pytestmark = [pytest.mark.backends, pytest.mark.slow]
 LOOPBACK: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}  # any free port
@@ -114,6 +114,17 @@ def test_work_that_kills_its_process_has_no_result_and_the_rest_has(mortal: str)
     with Workers(mortal) as workers:
         found = dict(workers.run(Deadly(GENOMES[1]), GENOMES))
     assert found == {genome: None if genome == GENOMES[1] else sum(genome) for genome in GENOMES}
+
+
+def test_of_a_group_that_kills_its_process_only_the_deadly_student_is_lost() -> None:
+    work = InGroups(Deadly(GENOMES[1]))
+    groups = in_groups(GENOMES, "cuda", 2)
+    with Workers("local:2") as workers:
+        found = list(workers.run(work, groups, then=one_by_one))
+    alone = {group[0]: made for group, made in found if len(group) == 1}
+    assert [made for group, made in found if len(group) > 1 and GENOMES[1] in group] == [None]
+    assert alone == {GENOMES[0]: [sum(GENOMES[0])], GENOMES[1]: None}
+    assert (groups[1], [sum(genome) for genome in groups[1]]) in found
 
 
 def test_a_process_that_is_killed_by_chance_costs_nothing(mortal: str, tmp_path: Path) -> None:
