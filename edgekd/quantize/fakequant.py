@@ -271,6 +271,13 @@ def insert(
     return made
 
 
+def with_values_of(other: fx.GraphModule, made: fx.GraphModule) -> fx.GraphModule:
+    """`made` with the weights, scales and offsets of `other`, which has quantizers at its sites and more."""
+    values = other.state_dict()
+    made.load_state_dict({name: values[name] for name in made.state_dict()})
+    return made
+
+
 def _copy(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph()
     output = copied.graph_copy(graph, {}, return_output_node=False)

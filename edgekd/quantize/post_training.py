@@ -143,6 +143,9 @@ class PostTraining:
         return None if count is None else (without(ordered[:count]), tuple(ordered[:count]))
 
 
+Reporting = tuple[Callable[[str], None], Callable[[str, int, int], None]]
+
+
 def quantize_graph(
     model: FloatModel,
     scheme: QuantScheme,
@@ -151,7 +154,7 @@ def quantize_graph(
     limit: float,
     *,
     calibrators: Sequence[str],
-    reporter: tuple[Callable[[str], None], Callable[[str, int, int], None]],
+    reporter: Reporting,
 ) -> list[Quantized]:
     """All in integers; and, where that loses more than `limit`, the same with the worst operators in float.
 
@@ -173,27 +176,34 @@ def quantize_graph(
             work, numbers, how = other, theirs, f"smoothed, {name}"
             whole = work.write(numbers)
             drop = judges.drop(whole)
-    made = [Quantized(whole, scheme.dialect, how, tried, work=work, numbers=numbers)]
-    if drop <= limit:
-        return made
-    if scheme.dialect == "openvino-u8":
+    made = Quantized(whole, scheme.dialect, how, tried, work=work, numbers=numbers)
+    return [made] if drop <= limit else with_floats(made, drop, judges, limit, reporter)
+
+
+def with_floats(
+    whole: Quantized, drop: float, judges: Judges, limit: float, reporter: Reporting
+) -> list[Quantized]:
+    """`whole`, which loses `drop` points, more than `limit`; and, where it can be had, the same numbers with
+    the fewest operators in float that keep within."""
+    work, numbers = whole.work, whole.numbers
+    assert work is not None and numbers is not None
+    dialect = whole.dialect
+    if dialect == "openvino-u8":
         for kinds in (("Concat",), JOINS["openvino-u8"]):
             floats = [name for name, one in work.places.operations.items() if one.kind in kinds]
             less = work.write(numbers, [name for name in work.places.operations if name not in floats])
             if floats and judges.drop(less) <= limit:
-                reporter[0](f"  {scheme.dialect}: all in int8 loses {drop:.2f} points on that runtime "
+                reporter[0](f"  {dialect}: all in int8 loses {drop:.2f} points on that runtime "
                             f"(limit {limit:g}); {', '.join(kinds)} stay float")  # fmt: skip
-                return [*made, Quantized(less, scheme.dialect, how, tried, tuple(floats))]
+                return [whole, replace(whole, model=less, floats=tuple(floats))]
     rows = work.sensitivity(numbers, judges, reporter[1])
     mixed = work.mixed(numbers, judges, limit, rows)
-    if mixed is not None:
-        reporter[0](
-            f"  {scheme.dialect}: all in int8 loses {drop:.2f} points (limit {limit:g}); "
-            f"{len(mixed[1])} of {len(rows)} operators stay float: {', '.join(mixed[1][:6])}"
-            + (" ..." if len(mixed[1]) > 6 else "")
-        )
-        made.append(Quantized(mixed[0], scheme.dialect, how, tried, mixed[1], rows))
-    else:
-        reporter[0](f"  {scheme.dialect}: no choice of float operators keeps within {limit:g} points")
-        made[0] = replace(made[0], sensitivity=rows)
-    return made
+    if mixed is None:
+        reporter[0](f"  {dialect}: no choice of float operators keeps within {limit:g} points")
+        return [replace(whole, sensitivity=rows)]
+    reporter[0](
+        f"  {dialect}: all in int8 loses {drop:.2f} points (limit {limit:g}); "
+        f"{len(mixed[1])} of {len(rows)} operators stay float: {', '.join(mixed[1][:6])}"
+        + (" ..." if len(mixed[1]) > 6 else "")
+    )
+    return [whole, replace(whole, model=mixed[0], floats=mixed[1], sensitivity=rows)]

@@ -127,8 +127,8 @@ class Twin(nn.Module):
         weights, floats = {}, {}
         for name, number in self._numbers.items():
             value = self.trained[number].detach()
+            floats[name] = value.numpy().copy()  # of a weight too: its layer may be left in float
             if name not in self._weight_of:
-                floats[name] = value.numpy().copy()
                 continue
             key, axis = self._weight_of[name]
             quantizer = self.weights[key]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgekd.backends import backend
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import BackendError, DataError
-from edgekd.files import write_bytes
+from edgekd.files import read_json, write_bytes, write_json
 from edgekd.quantize.onnx_file import FloatModel
 from edgekd.quantize.quality import Kind, Quality, divergence, judge, kind_of_output
 from edgekd.quantize.samples import Feeds, Samples, digest
@@ -97,6 +97,33 @@ class Job:
                 f"{self.samples.source}: {self.samples.count} samples; the file has a fixed batch of "
                 f"{self.model.batch}"
             )
+        made = self._kept_parts()
+        if made is None:
+            made = self._new_parts()
+            if self.trains:
+                lists = {
+                    name: rows if name == "overlap" else rows.tolist() for name, rows in vars(made).items()
+                }
+                write_json(self.folder / "parts.json", {"of": self._identity, "parts": lists})
+        return made
+
+    @property
+    def _identity(self) -> list[Any]:
+        """What `parts` follow from, but for the speed of this machine, by which large ones are cut."""
+        source = [self.samples.source, self.samples.count]
+        return [self.model.sha256, *source, self.seed, self.calibration_images, self.choice]
+
+    def _kept_parts(self) -> Parts | None:
+        """Of a run that was interrupted in its training, which goes on with the same samples."""
+        path = self.folder / "parts.json"
+        held = read_json(path) if self.trains and path.exists() else None
+        if held is None or held["of"] != self._identity:
+            return None
+        overlap = bool(held["parts"].pop("overlap"))
+        rows = {name: np.array(value, np.int64) for name, value in held["parts"].items()}
+        return Parts(rows["calibration"], rows["choice"], rows["report"], overlap, rows["train"])
+
+    def _new_parts(self) -> Parts:
         order = np.random.default_rng(self.seed).permutation(self.samples.count).astype(np.int64)
         seconds = self._seconds_of_one(order)
         most = {what: max(self.batch_size, int(limit / seconds)) for what, limit in

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx
@@ -14,13 +14,15 @@ from torch import Tensor
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.distillers import Context, Distiller, Setting, methods, refuse_unmet
 from edgekd.errors import UnsupportedModelError
+from edgekd.files import sha256_json
 from edgekd.nets import Batch, Outputs
 from edgekd.plan import Plan
 from edgekd.quantize.post_training import Quantized
+from edgekd.quantize.samples import digest
 from edgekd.quantize.twin import Twin
 from edgekd.stages.onnx_choice import Training
 from edgekd.stages.onnx_job import Job
-from edgekd.train import Stage, fit
+from edgekd.train import Stage, fit, load_checkpoint
 from edgekd.views import CachedTeacher, Views
 
 _TOLERANCE = 1e-3  # of the largest output; what torch and ONNX Runtime may differ by in float
@@ -95,7 +97,12 @@ def check_trainable(job: Job, training: Training) -> None:
 
 
 def train_file(job: Job, base: Quantized, training: Training, seed: int) -> Quantized:
-    """The graph of `base`, all in integers, after training; a further candidate."""
+    """The graph of `base`, all in integers, after training; a further candidate. A start after an
+    interruption goes on with the last whole epoch.
+
+    Raises:
+        StorageError: its checkpoint is damaged.
+    """
     assert base.work is not None and base.numbers is not None
     source = base.work.model.model
     probabilities = _ends_in_softmax(source)
@@ -114,6 +121,11 @@ def train_file(job: Job, base: Quantized, training: Training, seed: int) -> Quan
         for one in distillers:
             one.build(blank, blank, Setting(len(rows), classes, labels, seed))
     model = _Logits(twin, probabilities)
+    checkpoint = job.folder.parent / "checkpoints" / f"{base.dialect}-{_key(job, base, training, seed)}.pt"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    stored = load_checkpoint(checkpoint)
+    if stored is not None:
+        job.reporter.say(f"  {base.dialect}: training goes on after epoch {len(stored['history'])}")
     history = fit(
         Stage(
             name="quantize",
@@ -130,15 +142,25 @@ def train_file(job: Job, base: Quantized, training: Training, seed: int) -> Quan
             seed=seed,
             plan=Plan(channels_last=False),
             hard_weight=0.0,
+            checkpoint=checkpoint,
         ),
         job.reporter.step,
     )
-    made = base.work.write(twin.eval().numbers())
+    numbers = twin.eval().numbers()
+    made = base.work.write(numbers)
     taught = training.method if job.kind != "error" else "squared error"
     how = f"{base.how}, then {training.epochs} epochs of training by the float graph ({taught})"
     losses = f"loss {history[0]['loss']:.4g} to {history[-1]['loss']:.4g}"
     job.reporter.say(f"  {base.dialect}: trained on {len(rows)} samples: {losses}")
-    return replace(base, model=made, how=how, trained=True, floats=(), sensitivity=())
+    return replace(base, model=made, how=how, trained=True, sensitivity=(), numbers=numbers)
+
+
+def _key(job: Job, base: Quantized, training: Training, seed: int) -> str:
+    """Twelve letters of all that the training depends on, so that only the same one is continued."""
+    assert base.numbers is not None
+    grids = {name: asdict(grid) for name, grid in base.numbers.grids.items()}
+    read = digest(job.samples, job.parts.train, job.batch_size)
+    return sha256_json([job.model.sha256, base.how, grids, asdict(training), seed, read])[:12]
 
 
 class _Logits(torch.nn.Module):

@@ -26,6 +26,7 @@ from edgekd.quantize.fakequant import (
     insert,
     largest_codes,
     parameters_of,
+    with_values_of,
 )
 from edgekd.quantize.quantizers import freeze_after
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
@@ -53,6 +54,10 @@ class _Candidate:
     right: float
     distance: float
     sites: Sites
+
+    def merit(self) -> tuple[float, float]:
+        """Larger is better."""
+        return self.right, -self.distance
 
 
 class _Tries:
@@ -94,15 +99,18 @@ class _Tries:
             self.made.append(self._judge(f"{made.name}, biases corrected", moved, made.sites))
 
     def spare(self) -> tuple[Sensitivity, ...]:
-        """Where every candidate misses the limit, add the one with the fewest layers in float that does not.
+        """Where every candidate misses the limit, add the one with the fewest layers in float that does not,
+        with the weights and scales of the best.
         Returns what each layer alone in float heals; nothing where nothing is missed or asked for."""
         missed = all(candidate.right < self._limit for candidate in self.made)
         if not missed and not self._recipe.sensitivity:
             return ()
 
+        best = max(self.made, key=_Candidate.merit)
+
         def mixed(sites: Sites) -> _Candidate:
             made = insert(self._graph, sites, self._grids, self.scheme, self._largest)
-            return self._judge("mixed", made, sites)
+            return self._judge("mixed", with_values_of(best.graph, made), sites)
 
         step = self._bench.run.reporter.step
         healed = sensitivity_of(self.sites, lambda sites: mixed(sites).distance, step)
@@ -130,7 +138,7 @@ def run(bench: Bench) -> dict[str, Any]:
     if recipe.correct_biases:
         tries.correct()
     healed = tries.spare()
-    chosen = max(tries.made, key=lambda c: (c.right, -c.distance))
+    chosen = max(tries.made, key=_Candidate.merit)
     reason = ", ".join(f"{c.name} {100 * c.right:.2f} %" for c in tries.made)
     _save(path, parameters_of(chosen.graph, chosen.sites), chosen.sites, tries.scheme)
     logits = evaluate(chosen.graph, bench.validation_inputs).numpy()

@@ -16,7 +16,7 @@ from edgekd.files import write_bytes, write_json, write_text
 from edgekd.profiler import Protocol, Variant, environment, measure
 from edgekd.quantize.engines import engine_names, run_engine
 from edgekd.quantize.onnx_file import load_float
-from edgekd.quantize.post_training import Judges, Quantized, quantize_graph
+from edgekd.quantize.post_training import Judges, Quantized, quantize_graph, with_floats
 from edgekd.quantize.quality import DEFAULT_DROP
 from edgekd.quantize.samples import load_samples
 from edgekd.quantize.scheme import QuantScheme, scheme_for
@@ -98,14 +98,18 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         "tried": {
             f"{one.dialect}{' mixed' if one.floats else ''}": one.tried for one in made if not one.trained
         },
-        "float_operators": {one.dialect: list(one.floats) for one in made if one.floats},
-        "sensitivity": {one.dialect: [asdict(s) for s in one.sensitivity] for one in made if one.sensitivity},
+        "float_operators": {_named(one): list(one.floats) for one in made if one.floats},
+        "sensitivity": {_named(one): [asdict(s) for s in one.sensitivity] for one in made if one.sensitivity},
         "environment": environment(),
     }
     write_json(wanted.folder / RECORD, record)
     write_text(wanted.folder / PAGE, file_page(record))
     reporter.say(f"  kept {chosen['id']}: {reason}")
     return record
+
+
+def _named(made: Quantized) -> str:
+    return f"{made.dialect}{'-qat' if made.trained else ''}"
 
 
 def _job(wanted: Wanted, reporter: Reporter) -> Job:
@@ -150,7 +154,10 @@ def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]
             from edgekd.stages.qat_file import train_file
 
             base = next(found for found in made if found.dialect == one.dialect)
-            made.append(train_file(job, base, wanted.training, wanted.seed))
+            trained = train_file(job, base, wanted.training, wanted.seed)
+            drop = judges.drop(trained.model)
+            reporting = (job.reporter.say, job.reporter.step)
+            made += [trained] if drop <= limit else with_floats(trained, drop, judges, limit, reporting)
     return made
 
 
@@ -197,7 +204,7 @@ def _candidates(job: Job, wanted: Wanted, made: list[Quantized]) -> list[Candida
             found.append(Candidate(f"{name}-bf16", "bf16", job.float_path, name, "bf16"))
         for one in made:
             form = "mixed" if one.floats else "int8"
-            named = f"{form}-{one.dialect}{'-qat' if one.trained else ''}"
+            named = f"{form}-{_named(one)}"
             path = job.folder / f"{named}.onnx"
             _save(one.model, path)
             found.append(Candidate(f"{name}-{named}", form, path, name, made=one))

@@ -3,6 +3,9 @@ cannot be trained is refused before any work."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.cli import cli
 from edgekd.errors import UnsupportedModelError, UsageError
 from edgekd.quantize.onnx_file import load_float
-from edgekd.quantize.post_training import PostTraining
+from edgekd.quantize.post_training import Judges, PostTraining, Quantized, with_floats
 from edgekd.quantize.samples import Pixels, load_samples
 from edgekd.quantize.scheme import scheme_for
 from edgekd.quantize.twin import Twin
 from edgekd.run import Silent
 from edgekd.stages.onnx_choice import Training, Wanted
 from edgekd.stages.onnx_job import Job
+from edgekd.stages.qat_file import train_file
 from edgekd.stages.quantize_file import quantize_file
 from edgekd.target import find_target
 
@@ -162,3 +166,80 @@ def test_a_method_that_needs_more_than_logits_is_refused(tmp_path: Path) -> None
 def test_options_of_a_file_need_a_file(options: list[str]) -> None:
     result = CliRunner().invoke(cli, ["quantize", *options])
     assert result.exit_code == 2 and options[0] in result.output and "MODEL.onnx" in result.output
+
+
+class _Killed(Silent):
+    """Ends this process, as a machine that is switched off does, in the middle of the third epoch."""
+
+    def step(self, what: str, done: int, total: int, note: str = "") -> None:
+        if what == "quantize" and done == 2 * total // 4 + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Heard(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.steps: list[int] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def step(self, what: str, done: int, total: int, note: str = "") -> None:
+        if what == "quantize":
+            self.steps.append(done)
+
+
+def _run(folder: Path, reporter: Silent) -> None:
+    quantize_file(training(folder, folder / "m.onnx", epochs=4, batch_size=8), reporter)
+
+
+def _die(folder: Path) -> None:
+    torch.set_num_threads(1)
+    _run(folder, _Killed())
+
+
+def _trained_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "out" / "candidates").glob("*-qat.onnx")}
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_where_it_was_and_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        cnn(tmp_path / name / "m.onnx")
+        store_pictures(tmp_path / name / "d.npz")
+    _run(tmp_path / "whole", _Heard())
+    process = multiprocessing.get_context("spawn").Process(target=_die, args=(tmp_path / "cut",))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert not _trained_files(tmp_path / "cut")
+    heard = _Heard()
+    _run(tmp_path / "cut", heard)
+    assert any("training goes on after epoch 2" in line for line in heard.said), heard.said
+    assert heard.steps[0] == max(heard.steps) // 2 + 1
+    assert _trained_files(tmp_path / "cut") == _trained_files(tmp_path / "whole")
+
+
+def test_layers_left_in_float_after_training_have_the_trained_weights(tmp_path: Path) -> None:
+    model = load_float(cnn(tmp_path / "m.onnx"))
+    samples = load_samples(str(store_pictures(tmp_path / "d.npz")), model, Pixels())
+    job = Job(model, samples, tmp_path / "job", Silent(), 0, 64)
+    scheme = scheme_for(find_target("x86"))
+    work = PostTraining(model, scheme, lambda: job.batches(job.parts.calibration))
+    numbers = work.numbers("mse")
+    base = Quantized(work.write(numbers), scheme.dialect, "mse", {}, work=work, numbers=numbers)
+    trained = train_file(job, base, Training(epochs=1, batch_size=8, learning_rate=1e-2), 0)
+    judges = Judges(job.damage, job.damage, lambda made: 0.0 if _has_float(made, "body1.w") else 9.0)
+    whole, mixed = with_floats(trained, 9.0, judges, 1.0, (lambda text: None, lambda *_: None))
+    assert whole is trained
+    assert "body1" in mixed.floats
+    assert mixed.trained
+    assert trained.numbers is not None
+    left = next(t for t in mixed.model.graph.initializer if t.name == "body1.w")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(left), trained.numbers.floats["body1.w"])
+    assert not np.array_equal(onnx.numpy_helper.to_array(left), model.values["body1.w"])
+
+
+def _has_float(made: onnx.ModelProto, name: str) -> bool:
+    return any(tensor.name == name for tensor in made.graph.initializer)

@@ -31,6 +31,7 @@ from edgekd.quantize.fakequant import (
     insert,
     largest_codes,
     parameters_of,
+    with_values_of,
 )
 from edgekd.quantize.lower import lower
 from edgekd.quantize.qdq import add_pair
@@ -587,7 +588,15 @@ def test_the_layer_that_breaks_is_found_spared_and_float_in_the_file(tmp_path: P
     spared = spare_layers(sites, healed, lambda places: damage(places) < 0.5 * whole)
     assert max(healed, key=lambda row: row.damage).name == "hard.weight"
     assert spared is not None and spared.weights == ("first.weight", "last.weight")
-    model = insert(graph, spared, grids, scheme).eval()
+    trained = insert(graph, sites, grids, scheme)
+    with torch.no_grad():
+        for value in trained.parameters():
+            value.mul_(1.1)
+    model = with_values_of(trained, insert(graph, spared, grids, scheme)).eval()
+    left = next(name for name in sites.weights if name not in spared.weights)
+    assert torch.equal(model.get_parameter(left), 1.1 * graph.get_parameter(left))
+    assert torch.equal(model.get_parameter("weight_first_weight.log_scale"),
+                       trained.get_parameter("weight_first_weight.log_scale"))  # fmt: skip
     model_onnx = lower(export.to_onnx(graph, SPEC), parameters_of(model, spared), spared, "uint8")
     _save(tmp_path / FILE, parameters_of(model, spared), spared, scheme)
     run = SimpleNamespace(run=SimpleNamespace(folder=tmp_path), captured=graph)
