@@ -43,6 +43,7 @@ def assert_latency_ratio(
         AssertionError: the verdict is FAIL, or an undecided one that fails.
         EdgekdError: the models cannot be compared.
     """
+    __tracebackhide__ = True  # pytest then shows the line that asserts
     if undecided not in ("skip", "fail", "pass"):
         raise ValueError(f"undecided: expected 'skip', 'fail' or 'pass', got {undecided!r}")
     threads, clock = options.pop("threads", 1), options.pop("clock", "cpu")
