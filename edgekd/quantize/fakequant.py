@@ -135,12 +135,12 @@ def calibrate(
     low = dict.fromkeys(names, np.inf)
     high = dict.fromkeys(names, -np.inf)
     batches = list(batches) if not isinstance(batches, list) else batches
-    for tensors in _activations(graph, names, batches):
+    for tensors in activations_of(graph, names, batches):
         for name, tensor in tensors.items():
             low[name] = min(low[name], float(tensor.min()))
             high[name] = max(high[name], float(tensor.max()))
     histogram = {name: np.zeros(BINS) for name in names}
-    for tensors in _activations(graph, names, batches):
+    for tensors in activations_of(graph, names, batches):
         for name, tensor in tensors.items():
             top = max(high[name], low[name] + 1e-6)
             histogram[name] += torch.histc(tensor, BINS, low[name], top).numpy()
@@ -165,7 +165,7 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _activations(
+def activations_of(
     graph: fx.GraphModule, names: list[str], batches: list[Tensor]
 ) -> Iterable[dict[str, Tensor]]:
     for batch in batches:

@@ -4,13 +4,15 @@
     python tools/bench/quantize.py engines --models models --networks depthwise --images cifar10 --seed-list 0
     python tools/bench/quantize.py engines --merge runs/bench-quantize/engines-*.json
     python tools/bench/quantize.py bits --bits 4 3 --seed-list 0 1 2
+    python tools/bench/quantize.py collapse --networks depthwise --epochs 20 --seed-list 0
 
 `train`: networks for each set, as ONNX files beside the test samples; on a CUDA device where there is one.
 `engines`: `edgekd quantize MODEL.onnx --compare-engines` for each set, network and seed, which draws the
 samples that calibrate, decide and report; and edgekd's file against each engine's alone, as quantize_pairs.py
 does and says why. `bits`: of the residual network, without training, with training on labels alone, and with
 the float network as a teacher; same images, order, rate and epochs; the seed draws the calibration images and
-the order.
+the order. `collapse`: the same student trained on labels, by `kd` and by `dkd`, and what quantization takes
+from each (quantize_collapse.py).
 
 Each call writes one JSON file named after what it ran, so that processes for several networks, sets and seeds
 may run side by side into one --out; --merge makes one table of their files. Expects the sets and the weights
@@ -28,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantize_collapse import collapse
 from quantize_networks import DEVICE, SETS, accuracy, given_residual, read, stage, write_models
 from quantize_pairs import ratios
-from quantize_tables import bits_table, engines_table, models_table
+from quantize_tables import bits_table, collapse_table, engines_table, models_table
 
 from edgekd.quantize.capture import capture
 from edgekd.quantize.fakequant import calibrate, find_sites, insert, largest_codes
@@ -125,6 +128,7 @@ _COMMANDS = {
     "train": (write_models, models_table),
     "engines": (engines, engines_table),
     "bits": (bits, bits_table),
+    "collapse": (collapse, collapse_table),
 }
 
 
@@ -159,7 +163,8 @@ def main() -> None:
     started, cpu = time.time(), time.process_time()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = run(arguments)
-    what = [] if arguments.what == "bits" else [*arguments.images, *arguments.networks]
+    what = [] if arguments.what in ("bits", "collapse") else arguments.images
+    what = [*what, *(arguments.networks if arguments.what != "bits" else [])]
     parts = [arguments.what, *what, *map(str, [] if arguments.what == "train" else arguments.seed_list)]
     written = arguments.out / f"{'-'.join(parts)}.json"
     written.write_text(json.dumps({"argv": sys.argv[1:], "rows": rows}, indent=1, default=str) + "\n")

@@ -80,6 +80,24 @@ def _median(
     return f"{statistics.median(ratios):.2f}" if ratios else "-"
 
 
+def collapse_table(rows: list[Row]) -> str:
+    """Means ± sample standard deviations over seeds: accuracy in float, points lost (negative: gained) by
+    each form, seed by seed, and the ranges that make int8 hard."""
+    forms = [name for name in rows[0] if " bits" in name]
+    told = ("tail", "weights", "logits")
+    lines = [
+        f"| network | trained by | float, % | {' | '.join(f'lost: {form}' for form in forms)} | largest "
+        "activation / 99.9th percentile | largest channel / median | range of logits | seeds |",
+        "|---" * (7 + len(forms)) + "|",
+    ]
+    for (network, way), same in _groups(rows, "network", "way").items():
+        exact = spread([100 * row["float"] for row in same])
+        lost = [spread([100 * (row["float"] - row[form]) for row in same]) for form in forms]
+        reach = [spread([row[name] for row in same], ".1f") for name in told]
+        lines.append(f"| {network} | {way} | {exact} | {' | '.join([*lost, *reach])} | {len(same)} |")
+    return "\n".join(lines)
+
+
 def bits_table(rows: list[Row]) -> str:
     """Accuracy in %, mean ± sample standard deviation over seeds; the gain of the teacher over labels, seed
     by seed; and how much of what quantization lost each training wins back."""
