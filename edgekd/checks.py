@@ -162,7 +162,7 @@ def coverage_check(
     """
     if macs is None:
         return Check(name, None, limit, None, "NOT_MEASURED", "share", "the runtime does not tell")
-    note = "of multiply-accumulates" + ("" if nodes is None else f", {100 * nodes:.1f} % of layers")
+    note = "by multiply-accumulates" + ("" if nodes is None else f"; {100 * nodes:.1f} % of layers")
     if limit is None:
         return Check(name, macs, None, None, "PASS", "share", f"{note}; no limit set")
     return Check(name, macs, limit, None, "PASS" if macs >= limit else "FAIL", "share", note)

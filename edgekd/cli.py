@@ -14,11 +14,13 @@ from edgekd import __version__, labelling, listings, quantizing, scoring
 from edgekd.checking import check
 from edgekd.console import Console
 from edgekd.embed.command import embed
-from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError
+from edgekd.errors import EXIT_GATE, EXIT_INTERNAL, EXIT_INTERRUPTED, EdgekdError, StorageError, missing_extra
 from edgekd.gating.command import gate
 from edgekd.profiling import profile
 from edgekd.running import run_and_show
 
+# Packages of the extra `train`; what needs them imports them where they are used.
+_TRAINS_WITH = ("torch", "safetensors", "PIL", "optuna", "onnx", "onnxscript")
 _KEPT = "--student runs/jetson/2-student.json \\\n  --student-weights runs/jetson/3-distilled.safetensors"
 # What a stage does, and a call that starts from files alone.
 _STAGE_HELP = {
@@ -292,10 +294,21 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nedgekd: interrupted; the same command continues where it stopped", err=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except ModuleNotFoundError as error:
+        if error.name not in _TRAINS_WITH:
+            raise SystemExit(_of_ours(error)) from error
+        missing = missing_extra(error.name, "all", "this command")
+        click.echo(f"edgekd: {missing.message}\nhint: {missing.hint}", err=True)
+        raise SystemExit(missing.exit_code) from error
     except Exception as error:  # Python would leave with 1, which means that the gate failed
-        traceback.print_exc()
-        click.echo("edgekd: this is an error in edgekd, please report it with the lines above", err=True)
-        raise SystemExit(EXIT_INTERNAL) from error
+        raise SystemExit(_of_ours(error)) from error
+
+
+def _of_ours(error: Exception) -> int:
+    """An error that no user can do anything about; the exit code."""
+    traceback.print_exception(error)
+    click.echo("edgekd: this is an error in edgekd, please report it with the lines above", err=True)
+    return EXIT_INTERNAL
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def _variants(wanted: Wanted) -> list[Variant]:
 
 
 def _of_file(model: Path, told: str, wanted: Wanted) -> list[Variant]:
-    usual = ("onnxruntime", "openvino") if wanted.here else ("onnxruntime",)
+    usual: tuple[str, ...] = ("onnxruntime", "openvino") if wanted.here else ("onnxruntime",)
+    if wanted.here:  # those that are installed; where none is, the first says how to get it
+        usual = tuple(name for name in usual if find_spec(name) is not None) or usual
     return [
         Variant(
             f"{name}:{told}", name, str(model.resolve()), wanted.precision if name == "openvino" else "f32"

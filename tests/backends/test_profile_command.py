@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from edgekd.cli import cli
 from edgekd.errors import BundleError, UsageError
+from edgekd.stages import files
 
 from .small_models import residual_net, small_bundle
 
@@ -114,3 +115,11 @@ def test_what_cannot_be_profiled_is_refused(models: tuple[Path, Path], tmp_path:
     (bundle / "models" / "ort.onnx").write_bytes(b"")
     result = CliRunner().invoke(cli, ["profile", str(bundle)])
     assert isinstance(result.exception, BundleError)
+
+
+def test_a_file_runs_on_the_runtimes_that_are_installed(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "find_spec", lambda name: None if name == "openvino" else object())
+    rows = numbers(models[0], "--calls", 64)
+    assert set(rows) == {"onnxruntime:float.onnx", "environment"}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,3 +291,13 @@ def test_an_error_of_edgekd_itself_is_not_a_failed_gate(
     ended = edgekd(*tiny.arguments())
     assert ended.code == 70
     assert "please report it" in ended.err
+
+
+def test_without_the_packages_that_train_a_command_says_what_to_install() -> None:
+    script = "import sys; sys.modules['torch'] = None; from edgekd.cli import main; main()"
+    words = [sys.executable, "-c", script, "compress", "--target", "x86"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 13, done.stderr
+    assert "needs the package 'torch', which is not installed" in done.stderr
+    assert "hint: python -m pip install 'edgekd[all]'" in done.stderr
+    assert "Traceback" not in done.stderr
