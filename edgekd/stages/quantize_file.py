@@ -267,11 +267,22 @@ def _measure(job: Job, wanted: Wanted, candidates: list[Candidate]) -> list[dict
             continue
         try:
             rows[one.id] |= _coverage_row(backend(one.runtime).coverage(one.path, precision=one.precision))
-        except BackendError as error:  # ONNX Runtime 1.31 runs some graphs that it cannot write down
+        except BackendError as error:
             job.reporter.say(f"  {one.id}: its kernels are not known: {error.message.splitlines()[0]}")
+            rows[one.id]["reason"] = _refused_alone(one)
     _time(job, wanted, [one for one in candidates if not rows[one.id]["reason"]], rows)
     job.reporter.step("measure candidates", len(candidates) + 1, len(candidates) + 1)
     return list(rows.values())
+
+
+def _refused_alone(one: Candidate) -> str:
+    """Why the runtime does not load it for one sample; empty where it does. ONNX Runtime 1.31 runs some
+    graphs that it cannot write down, and others with any batch but one."""
+    try:
+        backend(one.runtime).open(one.path, precision=one.precision, batch=1)
+    except BackendError as error:
+        return error.message
+    return ""
 
 
 def _coverage_row(coverage: Coverage) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.backends import backend
+from edgekd.backends import onnxruntime as onnxruntime_backend
 from edgekd.cli import cli
 from edgekd.errors import (
     BackendError,
@@ -272,6 +273,28 @@ def test_the_record_tells_what_was_measured_and_the_kept_file_is_the_chosen_one(
     assert integer["kernels"] == {"QLinearConv int8": 3, "QGemm int8": 1}
     again = load_samples(str(tmp_path / "d.npz"), load_float(job.model), Pixels())
     assert again.count == record["calibration"]["samples"] == 120
+
+
+def test_a_file_that_a_runtime_refuses_for_one_sample_leaves_the_others_their_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime 1.31 refuses some graphs with signed codes at batch 1 alone, after its own fusions."""
+    load, refused = onnxruntime_backend._load, "int8-openvino-u8.onnx"
+
+    def picky(model: Path, options: Any, batch: int | None, *rest: Any) -> Any:
+        if batch == 1 and model.name == refused:
+            raise BackendError(f"onnxruntime refuses {model}")
+        return load(model, options, batch, *rest)
+
+    monkeypatch.setattr(
+        onnxruntime_backend, "_load", lambda m, o, batch, shapes=None: picky(m, o, batch, shapes)
+    )
+    job = wanted(tmp_path, cnn(tmp_path / "m.onnx"), store_pictures(tmp_path / "d.npz"))
+    rows = {row["id"]: row for row in quantize_file(job, Silent())["candidates"]}
+    alone = rows.pop("onnxruntime-int8-openvino-u8")
+    assert (alone["cpu_p50_ms"], alone["drop"] is None) == (None, False)
+    assert refused in alone["reason"]
+    assert all(row["cpu_p50_ms"] > 0 and not row["reason"] for row in rows.values())
 
 
 def test_the_digest_knows_the_pixels_and_the_preprocessing(tmp_path: Path) -> None:
