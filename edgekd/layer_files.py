@@ -94,10 +94,12 @@ def _attention(layer: LayerShape, source: str, constants: list[Any]) -> list[Any
     side, depth = layer.size_in, layer.channels_in // layer.groups
     for name, shape in (("heads", (1, layer.groups, depth, side**2)), ("map", (1, -1, side, side))):
         constants.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+    constants.append(numpy_helper.from_array(np.array(depth**-0.5, np.float32), "scale"))
     return [
         helper.make_node("Reshape", [source, "heads"], ["values"]),
         helper.make_node("Transpose", ["values"], ["keys"], perm=[0, 1, 3, 2]),
-        helper.make_node("MatMul", ["keys", "values"], ["scores"]),
+        helper.make_node("Mul", ["values", "scale"], ["queries"]),
+        helper.make_node("MatMul", ["keys", "queries"], ["scores"]),
         helper.make_node("Softmax", ["scores"], ["shares"], axis=2),
         helper.make_node("MatMul", ["values", "shares"], ["mixed"]),
         helper.make_node("Reshape", ["mixed", "map"], ["made"]),

@@ -17,7 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from edgekd.layout import first_tensor
 
-Initialisation = Literal["normal", "kaiming"]
+Initialisation = Literal["normal", "kaiming", "small"]
+_DEVIATION = {"normal": 1.0, "small": 0.02}
+_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _ACTIVATIONS = frozenset(
     f"{name}{end}"
@@ -118,15 +120,16 @@ def loss_gradients(
 
 
 def initialise(model: nn.Module, generator: torch.Generator, how: Initialisation) -> nn.Module:
-    """Fresh weights: N(0, 1), or Kaiming with fan in (He et al. 2015); norms and biases at 1 and 0."""
+    """Fresh weights: N(0, 1), Kaiming with fan in (He et al. 2015), or "small", N(0, 0.02^2), as transformers
+    begin; norms and biases at 1 and 0."""
     for module in model.modules():
         if isinstance(module, _WEIGHTED):
-            deviation = 1.0 if how == "normal" else math.sqrt(2 / module.weight[0].numel())
+            deviation = _DEVIATION.get(how) or math.sqrt(2 / module.weight[0].numel())
             drawn = torch.empty(module.weight.shape).normal_(0.0, deviation, generator=generator)
             module.weight.data.copy_(drawn)  # the network may lie on a GPU, the generator does not
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, _BatchNorm | nn.LayerNorm | nn.GroupNorm):
+        elif isinstance(module, _NORMS):
             module.reset_parameters()
     return model
 
@@ -140,11 +143,12 @@ def linear_saliency(model: nn.Module, input_shape: torch.Size) -> dict[str, floa
     """``sum |w| * dR/d|w|`` of each convolution and linear layer by its path (SynFlow).
 
     R is the sum of the answers to an image of ones, of a float64 copy with absolute weights and without
-    batch norm. A layer has 0 exactly when no path leads through it from the image to the logits.
+    norms, which would undo the flow that is looked for. A layer has 0 exactly when no path leads through it
+    from the image to the logits.
     """
     trial = copy.deepcopy(model).double().eval()
     for module in trial.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _NORMS):
             module.forward = nn.Identity().forward  # type: ignore[method-assign]
     with torch.no_grad():
         for parameter in trial.parameters():

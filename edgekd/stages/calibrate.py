@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -49,12 +50,19 @@ class Wanted:
 
 
 def calibrate(
-    target: Target, devices: Sequence[Device], wanted: Wanted, say: Callable[[str], None]
+    target: Target,
+    devices: Sequence[Device],
+    wanted: Wanted,
+    say: Callable[[str], None],
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Measure, write the table where the search finds it, and return it with the ``path``.
 
     Several devices of one kind share the layers. When the last one is lost, the next call goes on with the
     parts that were measured.
+
+    Args:
+        kept: a folder for the networks' files, which another runtime of the same card need not write again.
 
     Raises:
         UsageError: the target's runtime cannot be measured, or this machine is not the target.
@@ -81,8 +89,13 @@ def calibrate(
         models = _layer_models(target, layers, wanted.precision, folder)
         for number, genome in enumerate(whole):
             say(f"{number + 1} of {len(whole)} networks written")
-            network = space.build(genome, torch.Generator().manual_seed(number))
-            write_network(network, target, wanted.spec, wanted.precision, folder / f"n{number}.onnx")
+            file = folder / f"n{number}.onnx"
+            known = None if kept is None else kept / f"{wanted.space}-{wanted.precision}-{number}.onnx"
+            if known is None or not known.exists():
+                network = space.build(genome, torch.Generator().manual_seed(number))
+                write_network(network, target, wanted.spec, wanted.precision, known or file)
+            if known is not None:
+                shutil.copyfile(known, file)
             models[f"n{number}"] = ("float32", (1, *wanted.spec.input_shape))
         times, machine = _measured(target, devices, models, folder, _Parts(target, wanted, say))
     entries = _entries(layers, times, clock)

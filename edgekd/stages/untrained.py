@@ -26,7 +26,10 @@ def write_network(network: nn.Module, target: Target, spec: ModelSpec, precision
     target. `network` is changed."""
     shape = spec.input_shape
     images = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():  # offsets as after training: exporters drop those that are exactly zero
+    for module in network.modules():  # maps as after training, or attention is slow: it gives denormal shares
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():  # offsets too: exporters drop those that are exactly zero
         network.train()(images)
         for bias in (value for name, value in network.named_parameters() if name.endswith("bias")):
             bias.add_(0.01)

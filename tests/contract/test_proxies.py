@@ -334,6 +334,17 @@ def test_fisher_is_its_formula() -> None:
 LABELS6 = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(2), nn.LayerNorm([2, 3, 3]), nn.GroupNorm(1, 2)])
+def test_synflow_sees_through_norms(norm: nn.Module) -> None:
+    layers = [nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(18, 2)]
+    for layer in layers:
+        for value in layer.parameters():
+            nn.init.constant_(value, 0.5)
+    plain, normed = nn.Sequential(*layers), nn.Sequential(layers[0], norm, *layers[1:])
+    found = [proxy("synflow").measure(Trial(model, torch.zeros(1, 1, 3, 3))) for model in (plain, normed)]
+    assert found[0] == found[1]
+
+
 def test_synflow_of_a_chain_is_the_sum_over_its_paths() -> None:
     given = plain_trial()  # R = sum |w2| |w1| of an image of ones; each of two layers has that saliency
     paths = (torch.tensor([[1.0, 1.0], [0.5, 2.0], [3.0, 0.0]]) * torch.tensor([1.0, 2.0])).sum()

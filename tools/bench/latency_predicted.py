@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,10 +30,10 @@ from edgekd.stages.calibrate import Wanted, calibrate
 from edgekd.target import Target, find_target
 
 
-def row(target: Target, wanted: Wanted) -> dict[str, Any]:
+def row(target: Target, wanted: Wanted, kept: Path) -> dict[str, Any]:
     """What is told of one space, runtime and precision."""
     begun = time.process_time()
-    table = calibrate(target, [HERE], wanted, lambda _: None)
+    table = calibrate(target, [HERE], wanted, lambda _: None, kept)
     found = table["validation"]
     held = slice(found["fitted_on"], None)
     measured, sums = (np.array(found[key])[held] for key in ("measured_ms", "sums_ms"))
@@ -78,7 +79,7 @@ def main() -> None:
                     own = msgspec.structs.replace(target, compute=(unit, *target.compute[1:]))
                     count, seed = arguments.students, arguments.seed
                     wanted = Wanted(space, spec, precision, count, count, seed)
-                    print(json.dumps(row(own, wanted)), flush=True)
+                    print(json.dumps(row(own, wanted, Path(folder))), flush=True)
 
 
 if __name__ == "__main__":
