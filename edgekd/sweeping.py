@@ -7,6 +7,7 @@ import platform
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,23 @@ def _compress(job: _Job, reporter: Reporter) -> Swept:
     own = job.taken_from == job.card.id
     what = "a search and a training of its own" if own else f"the float student of {job.taken_from}"
     reporter.say(f"target {job.card.id}: {what}")
+    _lend_logits(job.folder)
     try:
         record = run_pipeline(job.recipe, job.folder, reporter)
     except EdgekdError as error:
         return Swept(job.card.id, job.folder, job.taken_from, None, error)
     return Swept(job.card.id, job.folder, job.taken_from, record)
+
+
+def _lend_logits(folder: Path) -> None:
+    """The teacher's logits that other targets have stored, as links: each file says which teacher, data and
+    views it belongs to, and is not used for others."""
+    cache = folder / "cache"
+    for path in sorted(folder.parent.glob("*/cache/logits-*.safetensors")):
+        if path.parent != cache:
+            cache.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # it is there already, or the file system has no links: it is computed
+                (cache / path.name).hardlink_to(path)
 
 
 def _apart(job: _Job) -> Swept:

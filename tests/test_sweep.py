@@ -50,6 +50,10 @@ def test_a_second_target_shares_the_student_of_the_first(
     weights = [sha256_file(out / name / "3-distilled.safetensors") for name in rows]
     assert weights[0] == weights[1]
     assert all((out / name / "6-bundle" / "manifest.json").is_file() for name in rows)
+    first, second = (out / name / "cache" for name in rows)
+    stored = [path.name for path in first.glob("logits-*")]
+    assert stored  # the second target asked the teacher for none of them again
+    assert all((second / name).samefile(first / name) for name in stored)
 
 
 @pytest.mark.slow

@@ -175,9 +175,23 @@ def _from_images(
     if evaluation.part == "all":
         images = [*data.train_images, *images]
         labels = np.concatenate([data.train_labels, labels])
+    classes, labels = _by_name(sides, data.classes, labels)
     for side in sides.values():
-        _check_classes(side, data.classes)
+        _check_classes(side, classes)
     return {name: {side.feeds[0].name: prepare[name](images)} for name, side in sides.items()}, labels
+
+
+def _by_name(
+    sides: dict[str, Subject], classes: tuple[str, ...], labels: NDArray[np.int64]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The labels in the order of the bundles' classes, where the data have the same names in another one: a
+    folder's classes come in the order of the alphabet."""
+    orders = {side.labels for side in sides.values() if side.labels}
+    if len(orders) == 1 and sorted(*orders) == sorted(classes):
+        (order,) = orders
+        labels = np.array([order.index(name) for name in classes])[labels]
+        classes = order
+    return classes, labels
 
 
 def _check_classes(side: Subject, classes: tuple[str, ...]) -> None:
@@ -191,5 +205,5 @@ def _check_classes(side: Subject, classes: tuple[str, ...]) -> None:
         raise DataError(
             f"{side.given}: its classes are {', '.join(side.labels[:5])}…, those of the data "
             f"{', '.join(classes[:5])}…",
-            "the class names and their order must agree; an .npz names them under 'classes'",
+            "the names must agree, and the order of two bundles; an .npz names its classes under 'classes'",
         )

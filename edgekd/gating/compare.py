@@ -75,12 +75,9 @@ def compare(
     sessions: list[SessionResult] = []
     if limits.max_p90_ms is not None:
         _admissible(limits, here=HERE in how.devices)
-    found = _latency(candidate, reference, limits.latency, how, sessions)
-    checks = [found.check(limits.latency.max_ratio)]
-    if limits.max_p90_ms is not None and limits.target is not None:
-        checks.append(absolute_check(sessions, limits.max_p90_ms, limits.target))
     agreement: dict[str, Any] | None = None
-    if evaluation is not None:
+    lines: list[Check] = []
+    if evaluation is not None:  # first: most of what users get wrong shows here
         how.progress("accuracy")
         allowed = (limits.max_drop, limits.min_agreement)
         lines, agreement = pooled(
@@ -90,7 +87,11 @@ def compare(
                 candidate, reference, samples, allowed, how.protocol, device
             ),
         )[0]
-        checks += lines
+    found = _latency(candidate, reference, limits.latency, how, sessions)
+    checks = [found.check(limits.latency.max_ratio)]
+    if limits.max_p90_ms is not None and limits.target is not None:
+        checks.append(absolute_check(sessions, limits.max_p90_ms, limits.target))
+    checks += lines
     if HERE in how.devices:
         checks += candidate.golden_check("candidate")
     checks.append(_coverage(candidate, limits.min_coverage))
