@@ -273,11 +273,7 @@ def _print_tree(value: dict[str, Any], depth: int) -> None:
             click.echo(f"{pad}{key}")
             _print_tree(item, depth + 1)
         else:
-            shown = (
-                f"{item:.4g}"
-                if isinstance(item, float)
-                else ", ".join(map(str, item))
-                if isinstance(item, list | tuple)
-                else item
-            )
+            items = item if isinstance(item, list | tuple) else [item]
+            shown = ", ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in items)
+            shown = "-" if item is None or not shown else shown
             click.echo(f"{pad}{key}: {shown}")

@@ -116,20 +116,20 @@ def _told(rows: dict[str, Any]) -> list[str]:
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> list[str]:
-    from edgekd.report.facts import count, milliseconds
+    from edgekd.report.facts import NONE, count
 
     body = [
         [
             one["name"],
             one["op"],
             one["precision"],
-            milliseconds(one["ms"]),
+            NONE if one["ms"] is None else f"{1000 * one['ms']:.1f}",
             count(one["macs"]) if one["macs"] else "",
             one["reason"],
         ]
         for one in layers
     ]
-    return columns([["layer", "kernel", "executed in", "time", "MACs", "why in float"], *body])
+    return columns([["layer", "kernel", "executed in", "time, µs", "MACs", "why in float"], *body])
 
 
 def executed_text(shares: dict[str, float] | None) -> str:
