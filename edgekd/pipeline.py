@@ -21,7 +21,7 @@ from edgekd.stages import bundle, distill, export, gate, given, profile, quantiz
 from edgekd.stages.bench import Bench
 from edgekd.stages.curriculum import check_curriculum
 from edgekd.stages.others import source_and_weights
-from edgekd.stages.refine import check_refinable
+from edgekd.stages.refine import check_refinable, second_stage
 from edgekd.stages.student import check_given
 from edgekd.stages.training_set import has_unlabelled
 from edgekd.target import find_target
@@ -83,7 +83,7 @@ def run_pipeline(
                 "student": own["student"],
                 **(
                     {"distill": recipe.distill, "augment": recipe.data.augment}
-                    if recipe.search.refine
+                    if second_stage(recipe, run.record)
                     else {}
                 ),
             },

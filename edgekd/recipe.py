@@ -81,7 +81,7 @@ class SearchRecipe(_Strict, frozen=True):
     batch_size: Annotated[int, msgspec.Meta(ge=8)] = 64
     algorithm: Literal["nsga2", "aging"] = "nsga2"
     finalists: Annotated[int, msgspec.Meta(ge=0)] = 3
-    refine: bool = False
+    refine: bool | Literal["auto"] = "auto"
     refine_candidates: Annotated[int, msgspec.Meta(ge=2)] = 16
     refine_epochs: _Count = 4
     refine_finalists: Annotated[int, msgspec.Meta(ge=1, le=5)] = 2

@@ -43,22 +43,38 @@ _EXTRA = "nwot+synflow"  # scores beside the search's own that the ridge reads
 
 
 def check_refinable(recipe: Recipe) -> None:
-    """Refuse what the finalists' full trainings could not repeat.
+    """Refuse what the finalists' full trainings could not repeat, where the second stage is asked for.
 
     Raises:
         UsageError: the student is given, or stage 3 would train it in another way.
     """
-    distill = recipe.distill
+    if recipe.search.refine is True and (obstacle := _obstacle(recipe)):
+        raise UsageError(*obstacle)
+
+
+def second_stage(recipe: Recipe, record: dict[str, Any] | None = None) -> bool:
+    """Whether the search has one: with "auto", where a CUDA device makes it cheap and nothing stands against
+    it. A search that `record` tells of stays what it was, so that a run may go on without the device."""
+    if recipe.search.refine != "auto":
+        return recipe.search.refine
+    if record is not None and (found := record["metrics"].get("search")) is not None:
+        return "refine" in found
+    return recipe.device != "cpu" and torch.cuda.is_available() and _obstacle(recipe) is None
+
+
+def _obstacle(recipe: Recipe) -> tuple[str, str] | None:
+    """What stands against a second stage, and what to do."""
+    distill, finalists = recipe.distill, recipe.search.refine_finalists
     other = [name for name in ("prepare", "assistants") if getattr(distill, name)]
     other += ["method=suggest"] if distill.method == SUGGEST else []
-    if recipe.search.refine and recipe.search.student:
-        raise UsageError("search.refine compares students, and search.student gives one", "leave one out")
-    if recipe.search.refine and recipe.search.refine_finalists > 1 and other:
-        raise UsageError(
-            f"search.refine distils {recipe.search.refine_finalists} finalists in full, which does not go "
-            f"with distill.{other[0]}",
+    if recipe.search.student:
+        return "search.refine compares students, and search.student gives one", "leave one out"
+    if finalists > 1 and other:
+        return (
+            f"search.refine distils {finalists} finalists in full, which does not go with distill.{other[0]}",
             "--set search.refine_finalists=1 chooses by the short trainings alone",
         )
+    return None
 
 
 @dataclass(frozen=True)
