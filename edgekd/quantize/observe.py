@@ -63,12 +63,14 @@ def observe(model: onnx.ModelProto, tensors: list[str], batches: Batches) -> dic
             if not np.isfinite((first, last)).all():
                 raise DataError(*_not_finite(model, name, feeds))
             low[name], high[name] = min(low[name], first), max(high[name], last)
+        del seen  # before the next batch is made
     reach = {name: max(high[name], low[name] + _NOTHING) for name in tensors}
     histograms = {name: np.zeros(BINS) for name in tensors}
     for feeds in batches():
         seen = feeds | session.run(feeds)
         for name in tensors:
             histograms[name] += _histogram(seen[name], low[name], reach[name])
+        del seen
     return {name: Observation(low[name], reach[name], histograms[name]) for name in tensors}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,14 @@ def _port(value: onnx.ValueInfoProto, path: Path) -> Port:
         )
     shape = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
     return Port(value.name, _TYPES[kind.elem_type], shape)
+
+
+def activation_bytes(model: FloatModel) -> int:
+    """Of all float tensors between operators, for one sample; an axis without a fixed size counts as 1."""
+    inferred = shape_inference.infer_shapes(model.model).graph.value_info
+    shapes = [[d.dim_value or 1 for d in value.type.tensor_type.shape.dim] for value in inferred]
+    batch = model.batch or 1
+    return sum(4 * math.prod(shape) for shape in shapes) // batch
 
 
 def element_types(model: onnx.ModelProto) -> dict[str, tuple[int, int | None]]:

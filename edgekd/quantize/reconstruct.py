@@ -122,6 +122,7 @@ def _collect(
             made.squares += np.matmul(patches.transpose(0, 2, 1), patches)
             made.means += patches.sum(1)
             made.count += patches.shape[1]
+        del seen, inputs, patches  # before the next batch is made
     return sums
 
 

@@ -15,6 +15,8 @@ from edgekd.quantize.places import Places
 from edgekd.quantize.qdq import add_pair, add_weight, assert_counts, count_kinds, sort_nodes
 from edgekd.quantize.scheme import Grid
 
+_BEFORE_TYPES = 20  # the last opset without `output_dtype`
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -69,6 +71,7 @@ def write_quantized(
     for operation in (places.operations[name] for name in chosen):
         if operation.weight:
             written += _quantize_weight(graph, operation.name, operation.weight, operation.axis, numbers)
+    _lower_opset(made)
     sort_nodes(graph)
     assert_counts(
         graph,
@@ -78,6 +81,17 @@ def write_quantized(
         },
     )
     return made
+
+
+def _lower_opset(model: onnx.ModelProto) -> None:
+    """To 20, where Q has no attribute for its type: ONNX Runtime 1.31 refuses graphs of 21 in which it has to
+    write one itself, for int8 that goes through a Reshape. What 21 and 22 added are types of operators, and
+    another GroupNormalization."""
+    if any(node.op_type == "GroupNormalization" for node in model.graph.node):
+        return
+    for entry in model.opset_import:
+        if not entry.domain:
+            entry.version = min(entry.version, _BEFORE_TYPES)
 
 
 def _set_floats(graph: onnx.GraphProto, floats: dict[str, NDArray[np.float32]]) -> None:

@@ -17,7 +17,7 @@ from edgekd.backends import backend
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import BackendError, DataError
 from edgekd.files import read_json, write_bytes, write_json
-from edgekd.quantize.onnx_file import FloatModel
+from edgekd.quantize.onnx_file import FloatModel, activation_bytes
 from edgekd.quantize.quality import Kind, Quality, divergence, judge, kind_of_output
 from edgekd.quantize.samples import Feeds, Samples, digest
 from edgekd.run import Reporter
@@ -25,6 +25,7 @@ from edgekd.selection import farthest_first, softmax
 
 Array = NDArray[np.float32]
 _BATCH = 16
+_ACTIVATIONS = 384 * 2**20  # bytes
 _CHOOSE_SECONDS, _REPORT_SECONDS, _ROUGH_SECONDS = 3.0, 20.0, 0.4  # of the float model, for each look
 CHOICES = ("stratified", "random", "coverage")
 
@@ -54,9 +55,11 @@ class Job:
     choice: str = "stratified"
     trains: bool = False  # then two thirds of the samples are kept for it
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        return self.model.batch or _BATCH
+        """Samples a call: as many as keep what the graph holds between its operators, all of which is looked
+        at, small."""
+        return self.model.batch or max(1, min(_BATCH, _ACTIVATIONS // max(activation_bytes(self.model), 1)))
 
     def batches(self, rows: NDArray[np.int64]) -> Iterator[Feeds]:
         """The inputs of these rows; a file with a fixed batch gets exactly so many samples a call."""

@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgekd.quantize.onnx_file import load_float
+from edgekd.quantize.samples import Samples
+from edgekd.run import Silent
+from edgekd.stages.onnx_job import Job
+
 from .file_models import cnn, pictures
 
 pytestmark = pytest.mark.backends
@@ -57,3 +62,12 @@ def test_five_thousand_images_need_the_memory_of_a_few(tmp_path: Path) -> None:
     assert told["count"] == _IMAGES
     assert told["after"] - told["before"] < _CAP_MIB
     assert told["values"] >= _IMAGES * np.log(_SIZE)  # every batch was counted
+
+
+def test_a_call_takes_fewer_samples_of_a_network_with_large_maps(tmp_path: Path) -> None:
+    """Seven maps of 16 x 512 x 512 numbers are 112 MiB a sample; 384 MiB are looked at together."""
+    pixels = {size: cnn(tmp_path / f"{size}.onnx", shape=("N", 3, size, size)) for size in (16, 1024)}
+    for size, most in ((16, 16), (1024, 3)):
+        model = load_float(pixels[size])
+        nothing = Samples(0, lambda rows: {}, None, "none")
+        assert Job(model, nothing, tmp_path, Silent(), 0, 8).batch_size == most

@@ -136,3 +136,33 @@ def test_a_tensor_of_both_signs_is_centred_for_openvino_alone(tmp_path: Path) ->
         points[dialect] = {name: grids[name].zero_point for name in ("b", "c")}
     assert set(points["openvino-u8"].values()) == {0}
     assert 0 not in points["x86-u8-relu0"].values()
+
+
+@pytest.mark.parametrize("target", ["rpi5", "jetson", "x86"])
+def test_signed_integers_behind_a_reshape_load_in_onnx_runtime(target: str, tmp_path: Path) -> None:
+    """In opset 21 ONNX Runtime 1.31 writes an operator that it then refuses."""
+    draw, make = np.random.default_rng(0), helper.make_node
+    nodes = [
+        make("Conv", ["x", "c.w"], ["c"], "conv", strides=[4, 4]),
+        make("Reshape", ["c", "rows"], ["r"], "tokens"),
+        make("Transpose", ["r"], ["t"], "turn", perm=[0, 2, 1]),
+        make("LayerNormalization", ["t", "gain"], ["n"], "norm", axis=-1),
+        make("MatMul", ["n", "q.w"], ["q"], "query"),
+        make("Reshape", ["q", "heads"], ["h"], "split"),
+        make("Transpose", ["h"], ["ht"], "turn2", perm=[0, 2, 1, 3]),
+        make("Reshape", ["ht", "join"], ["j"], "join"),
+        make("MatMul", ["j", "o.w"], ["y"], "out"),
+    ]
+    weights: dict[str, NDArray[Any]] = {
+        "c.w": draw.standard_normal((16, 3, 4, 4)).astype("f4"), "rows": np.array([0, 16, 16]),
+        "gain": np.ones(16, "f4"), "q.w": draw.standard_normal((16, 16)).astype("f4"),
+        "heads": np.array([0, 16, 4, 4]), "join": np.array([0, 16, 16]),
+        "o.w": draw.standard_normal((16, CLASSES)).astype("f4"),
+    }  # fmt: skip
+    path = save_model(nodes, weights, tmp_path / "m.onnx", opset=21)
+    work = PostTraining(load_float(path), scheme_for(find_target(target)), lambda: iter([{"x": samples()}]))
+    onnx.save(work.write(work.numbers("min-max")), tmp_path / "q.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "q.onnx"), full_check=True)
+    exact = backend("onnxruntime").open(path).run(samples())
+    got = backend("onnxruntime").open(tmp_path / "q.onnx").run(samples())
+    assert judge(exact.reshape(64, -1), got.reshape(64, -1), None).signal_to_noise_db > 20
