@@ -202,8 +202,13 @@ def _check_classes(side: Subject, classes: tuple[str, ...]) -> None:
     """
     named = not all(name.isdigit() for name in classes)
     if side.labels and (tuple(side.labels) != tuple(classes) if named else len(classes) > len(side.labels)):
+        own = [name for name in side.labels if name not in classes] or side.labels
+        others = [name for name in classes if name not in side.labels] or classes
         raise DataError(
-            f"{side.given}: its classes are {', '.join(side.labels[:5])}…, those of the data "
-            f"{', '.join(classes[:5])}…",
+            f"{side.given}: its classes are {_some(own)}, those of the data {_some(others)}",
             "the names must agree, and the order of two bundles; an .npz names its classes under 'classes'",
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ("…" if len(names) > 5 else "")
