@@ -24,6 +24,7 @@ from edgekd.testing import assert_latency_ratio
 
 pytestmark = [pytest.mark.backends, pytest.mark.slow]
 QUICK = ("--restarts", "2", "--max-restarts", "8")  # more only where the machine is too busy
+TOLD = (0, 75)  # the latency of equal models on a machine that may still be too busy; the rest is exact
 TWO = ("--restarts", "2", "--max-restarts", "2")
 Ran = tuple[int, str, str]
 Run = Callable[..., Ran]
@@ -183,7 +184,8 @@ def test_accuracy_is_compared_on_the_same_samples(models: dict[str, Path], run: 
     code, out, err = run(models["small"], *words, "--min-agreement", "0.99")
     result = json.loads(out)
     checks = {check["name"]: check for check in result["checks"]}
-    assert (code, checks["accuracy drop"]["measured"]) == (0, 0.0), err
+    assert code in TOLD, err
+    assert checks["accuracy drop"]["measured"] == 0.0
     assert checks["agreement with the reference"]["measured"] == 1.0
     assert checks["agreement of onnxruntime with the graph as written"]["verdict"] == "PASS"
     assert result["agreement"]["accuracy"] == {"reference": 1.0, "candidate": 1.0}
@@ -207,7 +209,7 @@ def test_limits_on_coverage_and_size(models: dict[str, Path], run: Run) -> None:
 def test_bundles_are_compared_by_the_variant_that_runs_here(run: Run, tmp_path: Path) -> None:
     folder = sample_bundle(tmp_path)
     code, out, err = run(folder, "--reference", folder, *QUICK, "--max-ratio", "9", "--json")
-    assert code == 0, err
+    assert code in TOLD, err
     result = json.loads(out)
     assert result["models"]["candidate"]["variant"]
     assert "golden outputs of the candidate" in {check["name"] for check in result["checks"]}
@@ -217,7 +219,8 @@ def test_bundles_are_compared_by_the_variant_that_runs_here(run: Run, tmp_path: 
              val_labels=labels, classes=np.array(CLASSES))  # fmt: skip
     words = (folder, "--reference", folder, *QUICK, "--max-ratio", "9", "--json", "--data")
     code, out, err = run(*words, tmp_path / "images.npz")
-    assert (code, json.loads(out)["agreement"]["samples"]) == (0, 20), err
+    assert code in TOLD, err
+    assert json.loads(out)["agreement"]["samples"] == 20
     assert json.loads(run(*words, tmp_path / "images.npz", "--part", "all")[1])["agreement"]["samples"] == 40
     np.savez(
         tmp_path / "other.npz", train_images=images, train_labels=labels, classes=np.array(["a", "b", "c"])
@@ -242,7 +245,7 @@ def test_classes_of_a_folder_are_matched_by_name(run: Run, tmp_path: Path) -> No
              val_labels=labels, classes=np.array(turned))  # fmt: skip
     words = (folder, "--reference", folder, *QUICK, "--max-ratio", "9", "--json", "--data")
     code, out, err = run(*words, tmp_path / "images.npz")
-    assert code == 0, err
+    assert code in TOLD, err
     assert json.loads(out)["agreement"]["accuracy"] == {"reference": 1.0, "candidate": 1.0}
 
 
