@@ -49,15 +49,7 @@ def accuracy_ladder(record: Record) -> Markup:
         ("student, quantized (simulated)", number(metrics, "quantize", "accuracy"), 3, ""),
     ]
     steps = [step for step in steps if step[1] is not None]
-    steps += [
-        (
-            f"{name}, {text(row, 'precision') or 'precision unknown'}",
-            number(row, "accuracy"),
-            1,
-            text(row, "reason"),
-        )
-        for name, row in facts.backends(record).items()
-    ]
+    steps += [(name, value, 1, reason) for name, value, reason in facts.runtime_steps(record)]
     known = [value for _, value, _, _ in steps if value is not None]
     if not known:
         return Markup()

@@ -220,6 +220,22 @@ def backends(record: Record) -> dict[str, Record]:
     return {name: row for name, row in found if row and not text(row, "reason").startswith(unused)}
 
 
+def runtime_steps(record: Record) -> list[tuple[str, float | None, str]]:
+    """(name, accuracy, reason) of each runtime, and of the shipped variant where it is another one."""
+    found, shipped = dict(backends(record)), text(record, "gate", "shipped")
+    if shipped and shipped not in {text(row, "id") for row in found.values()}:
+        found |= {text(row, "backend") + " ": row for row in variants(record) if text(row, "id") == shipped}
+    return [
+        (
+            f"{name.strip()}, {text(row, 'precision') or 'precision unknown'}"
+            + (" (shipped)" if shipped and text(row, "id") == shipped else ""),
+            number(row, "accuracy"),
+            text(row, "reason"),
+        )
+        for name, row in found.items()
+    ]
+
+
 def primary(record: Record) -> Record:
     """The shipped variant, where the target's own runtime has a latency; else what there is of that runtime,
     of the runtime of the speed-up, or of the first."""

@@ -51,14 +51,7 @@ def _ladder(record: Record) -> list[tuple[str, float | None, str]]:
         ("student, quantized (simulated)", number(metrics, "quantize", "accuracy"), ""),
     ]
     shown = [step for step in steps if step[1] is not None]
-    return shown + [
-        (
-            f"{name}, {text(row, 'precision') or 'precision unknown'}",
-            number(row, "accuracy"),
-            text(row, "reason"),
-        )
-        for name, row in facts.backends(record).items()
-    ]
+    return shown + facts.runtime_steps(record)
 
 
 def markdown(record: Record) -> str:

@@ -22,7 +22,7 @@ import sample_record
 
 from edgekd.errors import StorageError
 from edgekd.report import html_report, markdown_report, print_summary, write_reports
-from edgekd.report.facts import backends, bounds, latency, primary, significant, wilson
+from edgekd.report.facts import backends, bounds, latency, primary, runtime_steps, significant, wilson
 from edgekd.report.headlines import headline_figures
 from edgekd.report.sensitivity import sensitivity_bars
 from edgekd.report.svg import Axis, fit_axis
@@ -437,3 +437,14 @@ def test_a_runtime_that_the_target_does_not_use_is_not_told_of() -> None:
     page, _, _ = html_report(made).partition('id="record"')
     assert reason not in page
     assert "unnamed" not in page
+
+
+def test_the_ladder_of_accuracies_has_the_shipped_variant() -> None:
+    made = sample_record.full_record()
+    shipped = copy.deepcopy(made["metrics"]["variants"][0])
+    shipped |= {"id": "openvino-bf16", "backend": "openvino", "precision": "bf16", "accuracy": 0.9137}
+    made["metrics"]["variants"].append(shipped)
+    made["gate"]["shipped"] = "openvino-bf16"
+    assert ("openvino, bf16 (shipped)", 0.9137) in [step[:2] for step in runtime_steps(made)]
+    assert "openvino, bf16 (shipped)" in html_report(made)
+    assert "openvino, bf16 (shipped)" in markdown_report(made)
