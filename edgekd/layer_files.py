@@ -22,7 +22,7 @@ def input_of(layer: LayerShape | None, codes: np.generic | None) -> tuple[str, t
     if layer is None:
         return "float32", (1, 1, 1, 1)
     shape = (1, layer.channels_in, layer.size_in, layer.size_in)
-    return "float32" if codes is None or layer.op == "attention" else codes.dtype.name, shape
+    return "float32" if codes is None else codes.dtype.name, shape
 
 
 def one_layer(layer: LayerShape | None, codes: np.generic | None) -> bytes:
@@ -30,7 +30,7 @@ def one_layer(layer: LayerShape | None, codes: np.generic | None) -> bytes:
 
     Args:
         codes: a quantized layer takes and gives codes of this type, whose zero point this is; None: float.
-            The products of attention run in float always.
+            The products of attention run in float always, between conversions.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -38,8 +38,6 @@ def one_layer(layer: LayerShape | None, codes: np.generic | None) -> bytes:
         io = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, 1, 1]) for name in ("x", "y")]
         graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "empty", io[:1], io[1:])
         return _model(graph)
-    if layer.op == "attention":
-        codes = None
     window = () if layer.op == "linear" else (layer.kernel, layer.kernel)
     weight = np.ones((layer.channels_out, layer.channels_in // layer.groups, *window), np.float32)
     constants = [numpy_helper.from_array(np.zeros(layer.channels_out, np.float32), "bias")]
@@ -66,7 +64,7 @@ def one_layer(layer: LayerShape | None, codes: np.generic | None) -> bytes:
         pool = {"kernel_shape": sides, "strides": [layer.stride] * 2, "pads": margin, "ceil_mode": 1}
         nodes.append(helper.make_node("AveragePool", [source], ["made"], **pool))
     elif layer.op == "attention":
-        nodes += _attention(layer, source, constants)
+        nodes += _attention(layer, "x", codes is not None, constants)
     elif layer.op == "linear":
         nodes.append(helper.make_node("Flatten", [source], ["flat"]))
         nodes.append(helper.make_node("Gemm", ["flat", "weight", "bias"], ["made"], transB=1))
@@ -87,21 +85,31 @@ def one_layer(layer: LayerShape | None, codes: np.generic | None) -> bytes:
     return _model(graph)
 
 
-def _attention(layer: LayerShape, source: str, constants: list[Any]) -> list[Any]:
-    """The products of `edgekd.nets.Attend`, in float, with one map as queries, keys and values."""
+def _attention(layer: LayerShape, source: str, quantized: bool, constants: list[Any]) -> list[Any]:
+    """The products of `edgekd.nets.Attend`, in float, with one map as queries, keys and values; each is
+    converted by a scale of its own, or runtimes would convert once."""
     from onnx import helper, numpy_helper
 
     side, depth = layer.size_in, layer.channels_in // layer.groups
     for name, shape in (("heads", (1, layer.groups, depth, side**2)), ("map", (1, -1, side, side))):
         constants.append(numpy_helper.from_array(np.array(shape, np.int64), name))
-    constants.append(numpy_helper.from_array(np.array(depth**-0.5, np.float32), "scale"))
+    constants.append(numpy_helper.from_array(np.array(depth**-0.5, np.float32), "depth"))
+    maps, nodes = dict.fromkeys("qkv", source), []
+    if quantized:
+        for number, name in enumerate(maps):
+            constants.append(
+                numpy_helper.from_array(np.array(0.01 + 0.001 * number, np.float32), f"{name}_scale")
+            )
+            nodes.append(helper.make_node("DequantizeLinear", [source, f"{name}_scale", "zero"], [name]))
+            maps[name] = name
     return [
-        helper.make_node("Reshape", [source, "heads"], ["values"]),
-        helper.make_node("Transpose", ["values"], ["keys"], perm=[0, 1, 3, 2]),
-        helper.make_node("Mul", ["values", "scale"], ["queries"]),
+        *nodes,
+        *(helper.make_node("Reshape", [made, "heads"], [f"{name}_heads"]) for name, made in maps.items()),
+        helper.make_node("Transpose", ["k_heads"], ["keys"], perm=[0, 1, 3, 2]),
+        helper.make_node("Mul", ["q_heads", "depth"], ["queries"]),
         helper.make_node("MatMul", ["keys", "queries"], ["scores"]),
         helper.make_node("Softmax", ["scores"], ["shares"], axis=2),
-        helper.make_node("MatMul", ["values", "shares"], ["mixed"]),
+        helper.make_node("MatMul", ["v_heads", "shares"], ["mixed"]),
         helper.make_node("Reshape", ["mixed", "map"], ["made"]),
     ]
 

@@ -23,7 +23,7 @@ from edgekd.layer_files import codes_of, input_of, one_layer
 from edgekd.profiler import HERE, Device, Protocol, Variant, time_layers
 from edgekd.ranking import Values, kendall_tau
 from edgekd.remote import pooled
-from edgekd.spaces import Genome, search_space
+from edgekd.spaces import Genome, SearchSpace, search_space
 from edgekd.spec import LayerShape, ModelSpec
 from edgekd.stages.untrained import write_network
 from edgekd.target import Target, is_this_machine
@@ -73,29 +73,22 @@ def calibrate(
         raise UsageError(f"target '{target.id}' runs on {runtime}, which edgekd does not time")
     if HERE in devices and not is_this_machine(target):
         raise UsageError(f"this machine is not a {target.description}", "measure there: --on ssh://user@host")
-    restrictions = target.space
-    space = search_space(
-        wanted.space, wanted.spec, int(float(restrictions.channel_multiple.value)),
-        tuple(restrictions.kernels), tuple(restrictions.forbidden_ops),
-    )  # fmt: skip
+    space = _space(target, wanted)
     genomes = drawn(space.choices, wanted.candidates, wanted.seed)
     whole = genomes[: wanted.networks]
-    layers = {
-        layer_key(layer): layer for genome in genomes for layer in space.layers(genome) if layer.op != "add"
-    }
+    every = (layer for genome in genomes for layer in space.layers(genome))
+    layers = {layer_key(layer): layer for layer in every if layer.op != "add"}
     clock = "cpu" if target.measure.clock == "cpu" else "wall"
     with tempfile.TemporaryDirectory(prefix="edgekd-") as name:
         folder = Path(name)
         models = _layer_models(target, layers, wanted.precision, folder)
         for number, genome in enumerate(whole):
             say(f"{number + 1} of {len(whole)} networks written")
-            file = folder / f"n{number}.onnx"
-            known = None if kept is None else kept / f"{wanted.space}-{wanted.precision}-{number}.onnx"
-            if known is None or not known.exists():
+            file = (kept or folder) / f"{wanted.space}-{wanted.precision}-{number}.onnx"
+            if not file.exists():
                 network = space.build(genome, torch.Generator().manual_seed(number))
-                write_network(network, target, wanted.spec, wanted.precision, known or file)
-            if known is not None:
-                shutil.copyfile(known, file)
+                write_network(network, target, wanted.spec, wanted.precision, file)
+            shutil.copyfile(file, folder / f"n{number}.onnx")
             models[f"n{number}"] = ("float32", (1, *wanted.spec.input_shape))
         times, machine = _measured(target, devices, models, folder, _Parts(target, wanted, say))
     entries = _entries(layers, times, clock)
@@ -115,6 +108,12 @@ def calibrate(
     write_json(path, table)
     _Parts(target, wanted, say).forget()
     return table | {"path": str(path)}
+
+
+def _space(target: Target, wanted: Wanted) -> SearchSpace:
+    card = target.space
+    multiple = int(float(card.channel_multiple.value))
+    return search_space(wanted.space, wanted.spec, multiple, tuple(card.kernels), tuple(card.forbidden_ops))
 
 
 def drawn(choices: Sequence[int], count: int, seed: int) -> list[Genome]:

@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from edgekd.backends import backend
 from edgekd.cost import Line, layer_key
+from edgekd.layer_files import input_of, one_layer
 from edgekd.ranking import Values
 from edgekd.spaces import search_space
-from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.spec import LayerShape, ModelSpec, Preprocessing
 from edgekd.stages.calibrate import Wanted, drawn, fit
 from edgekd.stages.untrained import write_network
 from edgekd.target import find_target
@@ -87,6 +89,36 @@ def test_an_int8_network_is_quantized_for_its_target(name: str, dtype: str, tmp_
     assert types == {dtype}
     logits = backend("onnxruntime").open(path).run(np.zeros((1, *SPEC.input_shape), np.float32))
     assert logits.shape == (1, 2)
+
+
+@pytest.mark.slow
+def test_a_network_is_written_with_maps_as_after_training(tmp_path: Path) -> None:
+    """Large maps saturate attention, whose denormal shares take processors many times as long."""
+    space = search_space("hybrid", SPEC, 8, (3,), ())
+    network = space.build(tuple(min(1, n - 1) for n in space.choices), torch.Generator().manual_seed(0))
+    write_network(network, find_target("x86"), SPEC, "fp32", tmp_path / "net.onnx")
+    spreads: list[float] = []
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, __, made: spreads.append(float(made.std())))
+    images = torch.randn(64, *SPEC.input_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        network.eval()(images)
+    assert len(spreads) > 15
+    assert min(spreads) > 0.7
+    assert max(spreads) < 2.5
+
+
+@pytest.mark.parametrize("codes", [None, np.uint8(0), np.int8(-128)])
+def test_attention_alone_takes_and_gives_what_it_does_in_a_network(codes: np.generic | None) -> None:
+    layer = LayerShape("attention", 8, 8, groups=2, size_in=4)
+    kind, shape = input_of(layer, codes)
+    graph = onnx.load_from_string(one_layer(layer, codes)).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    assert (kind, shape) == ("float32" if codes is None else codes.dtype.name, (1, 8, 4, 4))
+    taken = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"].count("x")
+    assert (taken >= 3, kinds["QuantizeLinear"]) == ((False, 0) if codes is None else (True, 1))
+    assert (kinds["MatMul"], kinds["Softmax"]) == (2, 1)
 
 
 def test_the_default_number_of_students_shows_nearly_all_layers_of_a_space() -> None:
