@@ -87,29 +87,29 @@ def one_layer(layer: LayerShape | None, codes: np.generic | None) -> bytes:
 
 def _attention(layer: LayerShape, source: str, quantized: bool, constants: list[Any]) -> list[Any]:
     """The products of `edgekd.nets.Attend`, in float, with one map as queries, keys and values; each is
-    converted by a scale of its own, or runtimes would convert once."""
+    converted by a scale of its own, or runtimes would convert once. Codes are moved before that: ONNX Runtime
+    1.31 on x86 refuses moved values of int8, whose conversion it copies with the wrong type."""
     from onnx import helper, numpy_helper
 
     side, depth = layer.size_in, layer.channels_in // layer.groups
     for name, shape in (("heads", (1, layer.groups, depth, side**2)), ("map", (1, -1, side, side))):
         constants.append(numpy_helper.from_array(np.array(shape, np.int64), name))
     constants.append(numpy_helper.from_array(np.array(depth**-0.5, np.float32), "depth"))
-    maps, nodes = dict.fromkeys("qkv", source), []
+    maps, nodes = {"q": "heads_of_x", "k": "turned", "v": "heads_of_x"}, []
     if quantized:
         for number, name in enumerate(maps):
-            constants.append(
-                numpy_helper.from_array(np.array(0.01 + 0.001 * number, np.float32), f"{name}_scale")
-            )
-            nodes.append(helper.make_node("DequantizeLinear", [source, f"{name}_scale", "zero"], [name]))
+            scale = numpy_helper.from_array(np.array(0.01 + 0.001 * number, np.float32), f"{name}_scale")
+            constants.append(scale)
+            nodes.append(helper.make_node("DequantizeLinear", [maps[name], scale.name, "zero"], [name]))
             maps[name] = name
     return [
+        helper.make_node("Reshape", [source, "heads"], ["heads_of_x"]),
+        helper.make_node("Transpose", ["heads_of_x"], ["turned"], perm=[0, 1, 3, 2]),
         *nodes,
-        *(helper.make_node("Reshape", [made, "heads"], [f"{name}_heads"]) for name, made in maps.items()),
-        helper.make_node("Transpose", ["k_heads"], ["keys"], perm=[0, 1, 3, 2]),
-        helper.make_node("Mul", ["q_heads", "depth"], ["queries"]),
-        helper.make_node("MatMul", ["keys", "queries"], ["scores"]),
+        helper.make_node("Mul", [maps["q"], "depth"], ["queries"]),
+        helper.make_node("MatMul", [maps["k"], "queries"], ["scores"]),
         helper.make_node("Softmax", ["scores"], ["shares"], axis=2),
-        helper.make_node("MatMul", ["v_heads", "shares"], ["mixed"]),
+        helper.make_node("MatMul", [maps["v"], "shares"], ["mixed"]),
         helper.make_node("Reshape", ["mixed", "map"], ["made"]),
     ]
 
