@@ -1,4 +1,4 @@
-"""Run a bundle in an application: this one file, numpy and one engine (onnxruntime or openvino).
+"""Run a bundle in an application: this one file, numpy, one engine (tensorrt: and the package edgekd).
 
     load("model.ekd").predict(images).labels        # images: a uint8 array, or a list of them
 
@@ -33,6 +33,7 @@ FORMAT, VERSION, LARGEST = "edgekd-bundle", 1, 1 << 31  # bytes of a protobuf me
 _FLOAT, _ONE = np.dtype(np.float32), 1 << 22  # Pillow's fixed-point unit of a resampling weight
 _CPU: list[Any] = [["CPUExecutionProvider", {}]]
 _CPUINFO, _STATM = Path("/proc/cpuinfo"), Path("/proc/self/statm")
+_TYPES = ("onnxruntime.capi.onnxruntime_pybind11_state", "edgekd.errors")  # hold types of exceptions
 _GPU_NODES = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")  # discrete, Jetson, newer Jetson
 
 
@@ -198,9 +199,8 @@ def machine() -> str:
 
 
 def _machine_problem(variant: object) -> str:
-    architectures = _get(variant, "arch", list, [])
-    if architectures and machine() not in architectures:
-        return f"made for {', '.join(map(str, architectures))}, this is {machine()}"
+    if (known := _get(variant, "arch", list, [])) and machine() not in known:
+        return f"made for {', '.join(map(str, known))}, this is {machine()}"
     needed = set(map(str, _get(variant, "requires_cpu_flags", list, [])))
     if needed and _CPUINFO.exists():
         needed -= cpu_flags(_CPUINFO.read_text(errors="replace"))
@@ -209,12 +209,12 @@ def _machine_problem(variant: object) -> str:
 
 def _engine_problem(runtime: str, variant: object, forced: bool) -> str:
     """Why an engine cannot run a variant here; empty when it can (and the engine is imported)."""
-    if runtime not in (*_OPEN, "tensorrt") or importlib.util.find_spec(runtime) is None:
+    if runtime not in _OPEN or importlib.util.find_spec(runtime) is None:
         return f"runtime '{runtime}' is not installed"
     if runtime == "tensorrt" and not any(Path(node).exists() for node in _GPU_NODES):
         return "no NVIDIA GPU was found"
-    if runtime == "tensorrt" or _get(variant, "build", str, ""):
-        return "its engine has to be built on the device, and 'edgekd build' is not part of this version"
+    if runtime == "tensorrt" and importlib.util.find_spec("edgekd") is None:
+        return "the package edgekd builds its engine, and is not installed"
     installed, minimum = _installed_version(runtime), _get(variant, f"min_version.{runtime}", str, "0")
     have, need = (list(map(int, re.findall(r"\d+", text)[:3])) for text in (installed, minimum))
     if have < need and not forced:
@@ -275,12 +275,13 @@ def _open_openvino(data: bytes, variant: object, threads: int, names: list[str])
     return lambda array: np.array(request.infer({names[0]: array})[names[1]], np.float32)
 
 
-_OPEN = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
+_OPEN: dict[str, Any] = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino}
+_OPEN["tensorrt"] = lambda data, *_: importlib.import_module("edgekd.backends.tensorrt").from_bytes(data).run
 
 
 def _engine_errors() -> tuple[type[BaseException], ...]:
     """What an engine raises when it refuses a graph or an input; onnxruntime's own types share no base."""
-    own = vars(sys.modules.get("onnxruntime.capi.onnxruntime_pybind11_state", object)).values()
+    own = (kind for name in _TYPES for kind in vars(sys.modules.get(name, object)).values())
     return (RuntimeError, ValueError, *(k for k in own if isinstance(k, type) and issubclass(k, Exception)))
 
 
@@ -332,9 +333,7 @@ class Model:
 
     def predict(self, images: object, *, batch_size: int = 32) -> Prediction:
         """Classify uint8 images: (H, W), (H, W, C), (N, H, W), (N, H, W, C), or a list of images of any size.
-
-        Raises TypeError or ValueError for other input, BundleError when the engine fails or gives a NaN.
-        """
+        TypeError or ValueError for other input, BundleError when the engine fails or gives a NaN."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         views, logits = as_images(images), [np.empty((0, len(self.classes)), np.float32)]

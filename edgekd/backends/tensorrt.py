@@ -8,6 +8,7 @@ behind it was: `edgekd.backends.engines` with TensorRT-RTX, `edgekd.backends.cud
 from __future__ import annotations
 
 import importlib
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,15 @@ class TensorRtSession:
             self._buffers[name] = (address, size)
             self._context.set_tensor_address(name, address)
         return address
+
+
+def from_bytes(model: bytes) -> TensorRtSession:
+    """An engine of a model in memory, as `TensorRtBackend.open`: the first one takes seconds to minutes and
+    is kept for this GPU and version."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(model)
+        return TensorRtBackend().open(path)
 
 
 def _profiler(trt: Any) -> Any:

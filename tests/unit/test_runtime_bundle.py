@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 from sample_bundle import CLASSES, GREY, RGB, edit_manifest, raw_logits, sample_bundle, set_variant
 
 from edgekd import runtime
+from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.bundle import verify_bundle
 from edgekd.runtime import BundleError, load, main
 from edgekd.spec import Preprocessing
@@ -233,17 +235,59 @@ def test_a_variant_that_cannot_run_gives_way_to_the_next(
     assert list(model.rejected) == ["ort"] and model.rejected["ort"].startswith(reason)
 
 
-def test_tensorrt_says_why_even_when_it_is_installed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_device(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its first variant is TensorRT's, whose package seems to be installed beside a GPU's node."""
     set_variant(bundle, 0, ON_DEVICE)
     installed = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: installed("json" if name == "tensorrt" else name)
     )
-    monkeypatch.setattr(runtime, "_GPU_NODES", ("/dev/no-such-node",))
-    assert load(bundle).rejected["ort"] == "no NVIDIA GPU was found"
     monkeypatch.setattr(runtime, "_GPU_NODES", (os.devnull,))
-    with pytest.raises(BundleError, match="'edgekd build' is not part of this version"):
-        load(bundle, variant="ort")
+    return bundle
+
+
+def test_tensorrt_says_why_even_when_it_is_installed(
+    on_device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_GPU_NODES", ("/dev/no-such-node",))
+    assert load(on_device).rejected["ort"] == "no NVIDIA GPU was found"
+
+
+def test_tensorrt_beside_the_file_alone_asks_for_the_package(
+    on_device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeming = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "edgekd" else seeming(name))
+    assert "the package edgekd builds its engine" in load(on_device).rejected["ort"]
+
+
+def test_tensorrts_engine_is_built_from_the_variant_and_gives_its_logits(
+    on_device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is here: ONNX Runtime stands in for the engine; what it reads and gives is real."""
+
+    def build(model: bytes) -> Any:
+        path = on_device.parent / "given.onnx"
+        path.write_bytes(model)
+        return OnnxRuntimeBackend().open(path)
+
+    monkeypatch.setattr(runtime, "_installed_version", lambda name: "10.3.0")
+    monkeypatch.setitem(sys.modules, "tensorrt", sys.modules["json"])
+    monkeypatch.setattr("edgekd.backends.tensorrt.from_bytes", build)
+    model = load(on_device)
+    assert (model.runtime, model.variant) == ("tensorrt", "ort")
+    pixels = model.preprocess(IMAGES)
+    np.testing.assert_allclose(model(pixels), load(on_device, variant="ov")(pixels), atol=1e-4)
+
+
+def test_an_engine_that_tensorrt_does_not_build_is_an_error_of_the_bundle(
+    on_device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_installed_version", lambda name: "10.3.0")
+    monkeypatch.setitem(sys.modules, "tensorrt", sys.modules["json"])
+    with pytest.raises(BundleError, match="tensorrt refused the variant 'ort'"):
+        load(on_device)
 
 
 def test_the_first_variant_that_runs_is_used(bundle: Path) -> None:
