@@ -19,6 +19,8 @@ from edgekd.layout import first_tensor
 
 Initialisation = Literal["normal", "kaiming", "small"]
 _DEVIATION = {"normal": 1.0, "small": 0.02}
+_TINY = 1e-300  # keeps nothing over nothing a number
+_SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _ACTIVATIONS = frozenset(
@@ -139,12 +141,41 @@ def randomised(model: nn.Module, seed: int, how: Initialisation = "normal") -> n
     return initialise(copy.deepcopy(model), torch.Generator().manual_seed(seed), how).train()
 
 
-def linear_saliency(model: nn.Module, input_shape: torch.Size) -> dict[str, float]:
+class _Shares(TorchFunctionMode):
+    """No gradient through what a softmax makes; or, to find paths, a linear map in place of each softmax,
+    whose own derivative vanishes where tokens are equal or one has all."""
+
+    def __init__(self, through: bool) -> None:
+        super().__init__()
+        self._through = through
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            if self._through:
+                return self._linear(query @ key.transpose(-2, -1)) @ value
+            args = (query.detach(), key.detach(), *args[2:])
+        if func not in _SOFTMAX:
+            return func(*args, **(kwargs or {}))
+        return self._linear(args[0]) if self._through else func(*args, **(kwargs or {})).detach()
+
+    @staticmethod
+    def _linear(scores: Tensor) -> Tensor:
+        return scores / (scores.detach().amax() + _TINY)
+
+
+def linear_saliency(
+    model: nn.Module, input_shape: torch.Size, *, through_shares: bool = False
+) -> dict[str, float]:
     """``sum |w| * dR/d|w|`` of each convolution and linear layer by its path (SynFlow).
 
     R is the sum of the answers to an image of ones, of a float64 copy with absolute weights and without
-    norms, which would undo the flow that is looked for. A layer has 0 exactly when no path leads through it
-    from the image to the logits.
+    norms, which would undo the flow that is looked for. The shares of attention are constants, since what
+    flows does so through the values, and the derivatives of shares grow beyond all numbers in a few blocks.
+    With `through_shares` they are linear, and a layer has 0 exactly when no path leads through it from the
+    image to the logits.
     """
     trial = copy.deepcopy(model).double().eval()
     for module in trial.modules():
@@ -158,7 +189,9 @@ def linear_saliency(model: nn.Module, input_shape: torch.Size) -> dict[str, floa
     ones = torch.ones(1, *input_shape, dtype=torch.float64, device=first.device)
     layers = {path: m for path, m in trial.named_modules() if isinstance(m, _WEIGHTED)}
     weights = [layer.weight for layer in layers.values()]
-    found = gradients(trial(ones).sum(), weights)
+    with _Shares(through_shares):
+        answer = trial(ones).sum()
+    found = gradients(answer, weights)
     return {path: float((w.detach() * g).sum()) for path, w, g in zip(layers, weights, found, strict=True)}
 
 

@@ -22,6 +22,6 @@ class LiveMacs(Proxy):
 
     def measure(self, trial: Trial) -> dict[str, float]:
         shape = trial.inputs.shape[1:]
-        saliency = linear_saliency(trial.student, shape)
+        saliency = linear_saliency(trial.student, shape, through_shares=True)
         macs = layer_macs(trial.student, shape)
         return {"live-macs": float(sum(count for path, count in macs.items() if saliency[path] > 0))}

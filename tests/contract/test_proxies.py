@@ -345,6 +345,50 @@ def test_synflow_sees_through_norms(norm: nn.Module) -> None:
     assert found[0] == found[1]
 
 
+class _Attention(nn.Module):
+    """Tokens of 8 values and their attention, with queries, keys and values of their own."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self._fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self._fused:
+            made: Tensor = F.scaled_dot_product_attention(query, key, value)
+        else:
+            made = torch.softmax(query @ key.transpose(1, 2) / 8**0.5, -1) @ value
+        return x + made
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("blocks", [2, 14])
+def test_synflow_flows_through_the_values_of_attention(fused: bool, blocks: int) -> None:
+    """Each block adds its values' product to what enters it: R is a product over blocks. Derivatives of the
+    shares would overflow in a few blocks."""
+    torch.manual_seed(0)
+    body = [_Attention(fused) for _ in range(blocks)]
+    stem = nn.Conv2d(1, 8, 3, bias=False)
+    model = nn.Sequential(stem, nn.Flatten(2), _Tokens(), *body, nn.Flatten(1))
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.constant_(layer.weight, 3.0)
+            nn.init.zeros_(layer.bias)
+    given = Trial(model, torch.zeros(1, 1, 5, 5))
+    found = proxy("synflow").measure(given)["synflow"]
+    grown = 1 + 8 * 3.0  # of every value, a block
+    answers = float(stem.weight.detach().abs().sum()) * 9 * grown**blocks  # 9 tokens
+    exact = math.log(answers * (1 + blocks * (grown - 1) / grown))
+    assert found == pytest.approx(exact, rel=1e-6)
+    assert proxy("live-macs").measure(given) == {"live-macs": 9 * 9 * 8 + blocks * 3 * 9 * 64}
+
+
+class _Tokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
 def test_synflow_of_a_chain_is_the_sum_over_its_paths() -> None:
     given = plain_trial()  # R = sum |w2| |w1| of an image of ones; each of two layers has that saliency
     paths = (torch.tensor([[1.0, 1.0], [0.5, 2.0], [3.0, 0.0]]) * torch.tensor([1.0, 2.0])).sum()
