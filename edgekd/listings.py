@@ -139,7 +139,7 @@ def targets_validate(names: tuple[str, ...]) -> None:
     default=2000,
     show_default=True,
     type=click.IntRange(1),
-    help="Students with these layers.",
+    help="Students whose layers are measured.",
 )
 @click.option("--networks", default=18, show_default=True, type=click.IntRange(0))
 @click.option("--seed", default=0, show_default=True, type=int)

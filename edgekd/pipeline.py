@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def run_pipeline(
         return _come_along(recipe, folder, ranks)
     run = Run(folder, recipe, find_target(recipe.target), reporter or Silent())
     bench = Bench(run, ranks)
+    refined = second_stage(recipe, run.record)
     outside = {
         "teacher": [recipe.teacher, *map(fingerprint, _teacher_files(recipe))],
         "data": [recipe.data, fingerprint(recipe.data.source), fingerprint(recipe.data.unlabeled)],
@@ -81,14 +83,10 @@ def run_pipeline(
                 "target": run.target,
                 "mode": recipe.quantize.mode,
                 "student": own["student"],
-                **(
-                    {"distill": recipe.distill, "augment": recipe.data.augment}
-                    if second_stage(recipe, run.record)
-                    else {}
-                ),
+                **({"distill": recipe.distill, "augment": recipe.data.augment} if refined else {}),
             },
             ("2-student.json",),
-            given.run if recipe.search.student else search.run,
+            given.run if recipe.search.student else partial(search.run, refined=refined),
         ),
         "distill": (
             {"distill": recipe.distill, "weights": own["weights"]},

@@ -60,7 +60,7 @@ class VariantTimes(msgspec.Struct, frozen=True):
     first_call_ms: float
     wall_ms: list[list[float]]
     cpu_ms: list[list[float]]  # process time of all threads
-    memory_mib: float | None = None  # see `edgekd.worker.peak_memory_mib`; None when not asked for
+    memory_mib: float | None = None  # see `edgekd.memory`; None when not asked for
     energy_uj: float | None = None  # of the processor packages during all timed calls; None without a counter
     device_ms: list[list[float]] | None = None  # on a GPU by its own events, without copies; None elsewhere
     layers_ms: dict[str, float] | None = None  # median of each layer, of an engine that tells it

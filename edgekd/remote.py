@@ -59,7 +59,7 @@ _REFUSALS = (
 _FITS = """import sys, importlib.util as find
 sys.exit(94 if sys.version_info < (3, 10) else 98 if find.find_spec("numpy") is None else 0)"""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # never an option of ssh
-_FILES = ("__init__.py", "errors.py", "runtime.py", "worker.py")
+_FILES = ("__init__.py", "errors.py", "memory.py", "runtime.py", "worker.py")
 
 
 class Remote(ABC):

@@ -1,7 +1,7 @@
 """The process that measures: loads every variant, warms up, takes turns. Also what runs on a remote device.
 
 An order in JSON on stdin, one answer in JSON on stdout. It needs the standard library, numpy and an engine;
-with `edgekd.backends` and `edgekd.errors` it is all that is sent to a device, so it keeps to Python 3.10.
+with the modules that it imports it is all that is sent to a device, so it keeps to Python 3.10.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from edgekd.backends import Array, Feeds, Session, backend, in_order, processor_
 from edgekd.backends.feeds import Feed, random_feeds
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import BackendError, EdgekdError, MissingExtraError
+from edgekd.memory import peak_growth_mib
 from edgekd.runtime import BundleError, engine_for, load
 
 _ISA = (
@@ -113,12 +114,6 @@ def energy_uj() -> float | None:
     return sum(counters) if counters else None
 
 
-def _memory_mib() -> float | None:
-    """Memory that this process has in use."""
-    pages = _first_line("/proc/self/statm").split()
-    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if pages else None
-
-
 class _Calls:
     """One loaded variant, fed, and what was measured of it."""
 
@@ -182,30 +177,16 @@ class _Calls:
 
 
 def peak_memory_mib(variant: dict[str, str], threads: int, feeds: Feeds) -> float | None:
-    """By how much a process of its own, its engine imported, grows at most while it loads a variant and calls
-    it once. None where that cannot be read, and for TensorRT, whose model lies on the GPU.
+    """What loading a variant and one call add at most to a process with its engine. None where that cannot be
+    read, and for TensorRT, whose model lies on the GPU. To be called before an engine is imported."""
 
-    To be called before an engine is imported here: what two processes share would not count.
-    """
-    if variant["backend"] == "tensorrt" or _memory_mib() is None:
+    def call() -> None:
+        session = open_session(variant, threads, feeds)
+        session.run(arranged(session, feeds))
+
+    if variant["backend"] == "tensorrt":
         return None
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            backend(variant["backend"]).version()  # imports the engine
-            os.write(writing, str(_memory_mib()).encode())
-            session = open_session(variant, threads, feeds)
-            session.run(arranged(session, feeds))
-            code = 0
-        finally:
-            os._exit(code)
-    _, status, used = os.wait4(child, 0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        before = pipe.read()
-    return None if status else max(0.0, used.ru_maxrss / 2**10 - float(before))
+    return peak_growth_mib(lambda: backend(variant["backend"]).version(), call)
 
 
 def open_session(variant: dict[str, str], threads: int, feeds: Feeds) -> Session:

@@ -24,15 +24,15 @@ from edgekd.proxies import check_teacher, proxy
 from edgekd.search import Candidate, Effort, Found, Genome, Limits, search
 from edgekd.stages.bench import Bench
 from edgekd.stages.finalists import Measured, measure_finalists
-from edgekd.stages.refine import refine, second_stage
+from edgekd.stages.refine import refine
 from edgekd.stages.scorer import OneThread, Scorer, in_groups, one_by_one
 from edgekd.tasks.classification import normalise, to_tensor
 from edgekd.teacher import run_in_batches
 
 
-def run(bench: Bench) -> dict[str, Any]:
-    """Metric `search`; leaves ``2-student.json``. Evaluations are stored as they come, so a cut-off search
-    continues on the same path."""
+def run(bench: Bench, *, refined: bool) -> dict[str, Any]:
+    """Metric `search`, with a second stage where it is `refined`; leaves ``2-student.json``. Evaluations are
+    stored as they come, so a cut-off search continues on the same path."""
     recipe = bench.recipe
     model = cost_model(bench.run.target, executed_precision(bench))
     limits = budget_limits(bench, model)
@@ -69,7 +69,7 @@ def run(bench: Bench) -> dict[str, Any]:
             "error_percent": measured.error_percent(found),
             "note": f"{model.note}; error: that of the finalists, {len(measured.measured_ms)} measured",
         }
-    if second_stage(recipe):
+    if refined:
         resolved = bench.run.record["recipe"]
         how = [resolved["distill"], resolved["data"], recipe.search.refine_epochs]
         key = sha256_json([_search_key(bench), how])[:12]
