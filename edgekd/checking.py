@@ -160,7 +160,7 @@ def _check(folder: Path, variant: Variant, order: CheckOrder) -> dict[str, Any]:
 
     row: dict[str, Any] = {"id": variant.id, "verdict": "NOT_MEASURED", "reason": ""}
     if variant.arch and order.machine and order.machine not in variant.arch and not order.variants:
-        return row | {"reason": f"made for {', '.join(variant.arch)}, that is {order.machine}"}
+        return row | {"reason": f"made for {' or '.join(variant.arch)}; the machine is {order.machine}"}
     protocol = Protocol(threads=order.threads, timeout_s=order.timeout_s)
     with tempfile.TemporaryDirectory(prefix="edgekd-") as work:
         executed = Path(work) / "executed.onnx"
