@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from edgekd.backends import backend
+from edgekd.calibrated import Header, StoredTable, Subject, nearest_table
 from edgekd.errors import MissingExtraError, StorageError
 from edgekd.files import cache_folder, read_json, sha256_json, write_json
 from edgekd.layer_files import codes_of, input_of, one_layer
@@ -35,11 +36,15 @@ class Cost:
 
 
 class CostModel(Protocol):
-    """Predicts; `kind`, `device` and `note` say how, for whom and how well."""
+    """Predicts; `kind`, `device`, `table` and `note` say how, for whom and how well."""
 
     kind: str
     device: str
     error_percent: float | None
+
+    @property
+    def table(self) -> StoredTable | None:
+        """What was calibrated on the device, if that predicts."""
 
     @property
     def note(self) -> str:
@@ -55,10 +60,15 @@ class CostModel(Protocol):
         """Keep what was measured."""
 
 
-def cost_model(target: Target, precision: str) -> CostModel:
-    """A calibrated table of the target, or one measured here where this is the target, or its roofline."""
-    if (path := calibrated_path(target.id, precision)).is_file():
-        return CalibratedTable(path, target, precision)
+def cost_model(target: Target, precision: str, subject: Subject | None = None) -> CostModel:
+    """Of the calibrated tables the nearest to the subject, or a table measured here where this is the
+    target, or its roofline.
+
+    Raises:
+        StorageError: a calibrated table cannot be read.
+    """
+    if (table := nearest_table(target, precision, subject)) is not None:
+        return CalibratedTable(table, target, precision, subject)
     return _local_table(target, precision) or Roofline(target, precision)
 
 
@@ -93,6 +103,7 @@ class Roofline:
 
     kind = "roofline"
     error_percent: float | None = 50.0
+    table: StoredTable | None = None
 
     def __init__(self, target: Target, precision: str) -> None:
         self.device = target.description
@@ -167,6 +178,7 @@ class LayerTable:
     kind = "layer-table"
     unverified: tuple[str, ...] = ()
     error_percent: float | None = None
+    table: StoredTable | None = None
 
     def __init__(self, target: Target, precision: str) -> None:
         engine = backend(target.primary.runtime)
@@ -256,11 +268,6 @@ class Line:
         return max(found, 0.1 * total_ms)
 
 
-def calibrated_path(target: str, precision: str) -> Path:
-    """Where `edgekd targets calibrate` leaves the table of a target."""
-    return cache_folder() / f"calibrated-{target}-{precision}.json"
-
-
 def layer_key(layer: LayerShape) -> str:
     """What a layer's time depends on."""
     return json.dumps([getattr(layer, name) for name in _KEY])
@@ -275,23 +282,21 @@ class CalibratedTable:
 
     kind = "layer-table"
 
-    def __init__(self, path: Path, target: Target, precision: str) -> None:
-        """Raises StorageError when the file is not a table of this target, runtime and precision."""
-        stored = read_json(path)
-        header = stored.get("header", {}) if isinstance(stored, dict) else {}
-        wanted = {"format": 3, "target": target.id, "precision": precision}
-        runtime = str(header.get("runtime", "")).partition(" ")[0]
-        got = {key: header.get(key) for key in wanted} | {"runtime": runtime}
-        if got != wanted | {"runtime": target.primary.runtime}:
-            raise StorageError(
-                f"{path}: its header says {got}, expected {wanted} on {target.primary.runtime}",
-                f"edgekd targets calibrate {target.id} writes it anew",
-            )
-        self._precision, self._entries = precision, stored["entries_ms"]
-        self._line = Line(**stored["line"])
+    def __init__(
+        self, table: StoredTable, target: Target, precision: str, subject: Subject | None = None
+    ) -> None:
+        """`subject`: what it is to predict; the table's error holds for students of its own kind alone."""
+        header = table.header
+        self.table, self._precision, self._entries = table, precision, table.entries_ms
+        self._line = Line(**table.line)
         self._roofline = Roofline(target, precision)
-        self.device, self.error_percent = header["device"], stored["validation"].get("median_error_percent")
-        self._note = f"sum of layers measured one by one on {self.device} with {header['runtime']}"
+        own = subject is None or table.serves(subject)
+        self.device = header.device
+        self.error_percent = table.validation.get("median_error_percent") if own else None
+        self._note = (
+            f"sum of layers measured one by one on {self.device} with {header.runtime}, of students of "
+            f"{table.subject.words}"
+        )
         ratios = [
             entry / estimate
             for key, entry in self._entries.items()
@@ -302,10 +307,10 @@ class CalibratedTable:
         self._here = self._table_here(target, header)
         self.missing: set[str] = set()
 
-    def _table_here(self, target: Target, header: Mapping[str, Any]) -> LayerTable | None:
+    def _table_here(self, target: Target, header: Header) -> LayerTable | None:
         """What measures missing layers, where this machine and its runtime are those of the table."""
         here = _local_table(target, self._precision)
-        if here is None or here.times_of != {key: header.get(key) for key in here.times_of}:
+        if here is None or here.times_of != {key: getattr(header, key) for key in here.times_of}:
             return None
         return here
 

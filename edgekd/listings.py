@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.errors import RecipeError, UsageError, unknown_name
+from edgekd.errors import RecipeError, StorageError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from edgekd.target import Target
@@ -65,8 +65,10 @@ def targets_show(name: str, as_json: bool) -> None:
     from edgekd.target import find_target, is_this_machine, quantities
 
     card = find_target(name)
+    tables = _tables(card)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(card), indent=2).decode())
+        told = msgspec.to_builtins(card) | {"calibrated_tables": tables}
+        click.echo(json.dumps(told, indent=2))
         return
     click.echo(f"{card.id}: {card.description}")
     told = {
@@ -76,11 +78,13 @@ def targets_show(name: str, as_json: bool) -> None:
         "runtimes": ", ".join(f"{unit.runtime} on {unit.unit}" for unit in card.compute),
         "precisions": ", ".join(card.primary.precisions),
         "refused": ", ".join((*card.primary.unsupported, *card.space.forbidden_ops)) or "-",
-        "layer table": card.calibration.layer_lut or "none in the card (edgekd targets calibrate)",
+        "layer table": card.calibration.layer_lut or "none in the card",
         "this machine": "yes" if is_this_machine(card) else "no",
     }
     for key, text in told.items():
         click.echo(f"  {key:13} {text}")
+    for table in tables:
+        click.echo(f"  {'calibrated':13} {table['text']}")
     rows = quantities(card)
     width = max(len(key) for key, _ in rows)
     click.echo(f"numbers: {_by_confidence(card)}")
@@ -88,6 +92,21 @@ def targets_show(name: str, as_json: bool) -> None:
         value = f"{one.value:g}" if isinstance(one.value, float) else str(one.value)
         mode = f" [{one.mode}]" if one.mode else ""
         click.echo(f"  {key:{width}} {value:>9}  {one.confidence:10} {one.source}{mode}")
+
+
+def _tables(card: Target) -> list[dict[str, str]]:
+    """What `edgekd targets calibrate` left for a card, the newest first; a file that is none is named."""
+    from edgekd.calibrated import read_table, table_files
+
+    rows = []
+    for path in table_files(card.id):
+        try:
+            table = read_table(path, card.id)
+        except StorageError as error:
+            rows.append({"path": str(path), "text": f"unreadable: {error.message}; {error.hint}"})
+        else:
+            rows.append({"path": str(path), "text": table.words})
+    return rows
 
 
 def _by_confidence(card: Target) -> str:
@@ -133,7 +152,8 @@ def targets_validate(names: tuple[str, ...]) -> None:
 @click.option("--image-size", default=32, show_default=True, type=click.IntRange(8))
 @click.option("--color", default="rgb", show_default=True, type=click.Choice(["rgb", "grey"]))
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(2))
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "int8"]))
+@click.option("--precision", type=click.Choice(["fp32", "int8"]),
+              help="What students run in.  [default: int8 where the card has a dialect]")  # fmt: skip
 @click.option(
     "--candidates",
     default=2000,
@@ -145,10 +165,11 @@ def targets_validate(names: tuple[str, ...]) -> None:
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--json", "as_json", is_flag=True)
 def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Measure a table of layers on the device; searches for this target then use it.
+    """Measure a table of layers on the device; searches for this target then use it. Tables of several
+    spaces, inputs and precisions are kept side by side: edgekd targets show lists them.
 
     \b
-    Example: edgekd targets calibrate rpi5 --on ssh://pi@board --image-size 96 --precision int8
+    Example: edgekd targets calibrate rpi5 --on ssh://pi@board --image-size 96
     Cluster: edgekd targets calibrate rpi5 --executor dask://HOST:8786      (docs/scale-out.md)
     """
     from edgekd.cluster import cluster_devices
@@ -167,7 +188,8 @@ def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: 
     normal = Preprocessing(side, side, given["color"], (0.5,) * channels, (0.5,) * channels)
     spec = ModelSpec(normal, tuple(map(str, range(given["classes"]))))
     numbers = {key: given[key] for key in ("candidates", "networks", "seed")}
-    wanted = Wanted(given["space"], spec, given["precision"], **numbers)
+    precision = given["precision"] or ("fp32" if target.quant.dialect == "none" else "int8")
+    wanted = Wanted(given["space"], spec, precision, **numbers)
     with Workers(given["executor"]) as workers:
         if not workers.here:
             if devices:
@@ -175,7 +197,8 @@ def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: 
             devices = [*cluster_devices(workers, (target.id, *target.aliases), **card)]
         table = calibrate(target, devices or [HERE], wanted, lambda text: click.echo(f"  {text}", err=True))
     told = {key: table[key] for key in ("path", "line")}
-    told |= {key: table["header"][key] for key in ("device", "runtime")}
+    named = ("precision", "space", "input", "classes", "device", "runtime")
+    told |= {key: table["header"][key] for key in named}
     told["layers"] = len(table["entries_ms"]) - 1
     emit(told | {"validation": table["validation"]}, as_json)
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from edgekd import __version__
-from edgekd.cost import Line, calibrated_path, layer_key, sum_of_layers
+from edgekd.calibrated import Subject, store_table, table_path
+from edgekd.cost import Line, layer_key, sum_of_layers
 from edgekd.errors import DeviceError, UsageError
-from edgekd.files import append_line, sha256_json, write_json
+from edgekd.files import append_line, sha256_json
 from edgekd.layer_files import codes_of, input_of, one_layer
 from edgekd.profiler import HERE, Device, Protocol, Variant, time_layers
 from edgekd.ranking import Values, kendall_tau
@@ -47,6 +48,10 @@ class Wanted:
     candidates: int = 2000
     networks: int = 18
     seed: int = 0
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.space, self.spec.input_shape, len(self.spec.classes))
 
 
 def calibrate(
@@ -98,14 +103,14 @@ def calibrate(
             "format": 3, "target": target.id, "precision": wanted.precision, "threads": 1, "clock": clock,
             "runtime": f"{runtime} {machine['versions'][runtime]}", "device": machine["devices"][runtime],
             "space": wanted.space, "input": list(wanted.spec.input_shape),
+            "classes": len(wanted.spec.classes),
         },
         "line": asdict(line),
         "validation": validation,
         "entries_ms": entries,
         "environment": machine,
     }  # fmt: skip
-    path = calibrated_path(target.id, wanted.precision)
-    write_json(path, table)
+    path = store_table(target, wanted.subject, table)
     _Parts(target, wanted, say).forget()
     return table | {"path": str(path)}
 
@@ -143,7 +148,7 @@ class _Parts:
 
     def __init__(self, target: Target, wanted: Wanted, say: Callable[[str], None]) -> None:
         self.say, self._runtime = say, target.primary.runtime
-        table = calibrated_path(target.id, wanted.precision)
+        table = table_path(target.id, wanted.precision, self._runtime, wanted.subject)
         self._path = table.with_name(f"{table.stem}-{sha256_json([__version__, wanted])[:12]}.parts")
         self._lock = threading.Lock()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import export
-from edgekd.cost import CostModel, cost_model
+from edgekd.cost import CostModel
 from edgekd.errors import ParityError, StudentError, UnsupportedModelError
 from edgekd.files import write_json
 from edgekd.nets import count_macs, count_parameters, layer_shapes
@@ -21,7 +21,7 @@ from edgekd.run import fingerprint
 from edgekd.search import Candidate
 from edgekd.spec import LayerShape
 from edgekd.stages.bench import Bench
-from edgekd.stages.search import budget_limits, cost_facts, executed_precision, quantize_mode
+from edgekd.stages.search import budget_limits, cost_facts, executed_precision, predictor, quantize_mode
 from edgekd.stages.student import Blueprint, given_blueprint
 from edgekd.tasks.classification import normalise, to_tensor
 
@@ -42,7 +42,7 @@ def run(bench: Bench) -> dict[str, Any]:
     check_shape(student, bench, source)
     if blueprint.factory:
         _rehearse(bench, student)
-    model = cost_model(bench.run.target, executed_precision(bench))
+    model = predictor(bench, blueprint.space)
     try:
         candidate, reason = cost_of(bench, blueprint, student, model)
         limits = budget_limits(bench, model)

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from edgekd.cost import cost_model
 from edgekd.errors import UsageError
 from edgekd.proxies import Trial, check_teacher, proxy
 from edgekd.ranking import rank_sum
@@ -18,7 +17,7 @@ from edgekd.recipe import Recipe
 from edgekd.run import Run, Silent
 from edgekd.stages.bench import Bench
 from edgekd.stages.given import build_student, check_shape, cost_of
-from edgekd.stages.search import executed_precision, scoring_batch, teacher_outputs
+from edgekd.stages.search import predictor, scoring_batch, teacher_outputs
 from edgekd.stages.student import Blueprint, given_blueprint
 from edgekd.target import find_target
 
@@ -45,7 +44,7 @@ def score_students(
         if "teacher" in made.needs:
             teacher = teacher_outputs(bench, inputs)
             check_teacher(score, made.needs, teacher)
-        model = cost_model(bench.run.target, executed_precision(bench))
+        model = predictor(bench, next((b.space for b in blueprints.values()), ""))
         rows: list[dict[str, Any]] = []
         try:
             for name, blueprint in blueprints.items():

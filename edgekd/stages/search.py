@@ -14,6 +14,7 @@ from torch import Tensor
 from edgekd.backends import backend
 from edgekd.black_box import cut_out
 from edgekd.blocks import deployed
+from edgekd.calibrated import Subject, told_tables
 from edgekd.cost import CostModel, cost_model
 from edgekd.errors import BackendError, MissingExtraError
 from edgekd.executor import Workers
@@ -34,7 +35,7 @@ def run(bench: Bench, *, refined: bool) -> dict[str, Any]:
     """Metric `search`, with a second stage where it is `refined`; leaves ``2-student.json``. Evaluations are
     stored as they come, so a cut-off search continues on the same path."""
     recipe = bench.recipe
-    model = cost_model(bench.run.target, executed_precision(bench))
+    model = predictor(bench)
     limits = budget_limits(bench, model)
     evaluate = _Evaluator(bench, model, limits)
     missing = (
@@ -72,7 +73,7 @@ def run(bench: Bench, *, refined: bool) -> dict[str, Any]:
     if refined:
         resolved = bench.run.record["recipe"]
         how = [resolved["distill"], resolved["data"], recipe.search.refine_epochs]
-        key = sha256_json([_search_key(bench), how])[:12]
+        key = sha256_json([_search_key(bench, model), how])[:12]
         row, facts = refine(bench, found, evaluate.scorer, key)
         metrics["search"] |= {"chosen": row, "chosen_without_refine": found.chosen, "refine": facts}
         metrics["search"] |= _remeasured(row, measured)
@@ -123,6 +124,17 @@ def _remeasured(chosen: int, measured: Measured | None) -> dict[str, Any]:
     if measured is not None and chosen in measured.measured_ms:
         return {"latency_measured_ms": measured.measured_ms[chosen]}
     return {"latency_measured_ms": None, "latency_measured_on": None}
+
+
+def predictor(bench: Bench, space: str | None = None) -> CostModel:
+    """What predicts the costs of students of `space`, by default the recipe's; says which table it is."""
+    target, precision, spec = bench.run.target, executed_precision(bench), bench.spec
+    space = bench.recipe.search.space if space is None else space
+    subject = Subject(space, spec.input_shape, len(spec.classes))
+    model = cost_model(target, precision, subject)
+    if told := told_tables(target, precision, subject, model.table):
+        bench.run.reporter.say(f"  {told}")
+    return model
 
 
 def executed_precision(bench: Bench) -> str:
@@ -216,7 +228,7 @@ class _Evaluator:
         self.scorer = make_scorer(bench)
         self.workers = Workers(bench.recipe.executor)
         self._path = bench.run.folder / "checkpoints" / "search.jsonl"
-        self._known = _stored(self._path, bench)
+        self._known = _stored(self._path, bench, model)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -273,11 +285,12 @@ def make_scorer(bench: Bench) -> Scorer:
     return Scorer(bench.space, score, inputs, labels, teacher, classes, seed, bench.device)
 
 
-def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
+def _stored(path: Path, bench: Bench, model: CostModel) -> dict[str, Candidate]:
     """Evaluations of an earlier start of the same search; a torn last line is dropped."""
-    if not path.exists() or bench.run.record.get("search_started") != _search_key(bench):
+    key = _search_key(bench, model)
+    if not path.exists() or bench.run.record.get("search_started") != key:
         path.unlink(missing_ok=True)
-        bench.run.record["search_started"] = _search_key(bench)
+        bench.run.record["search_started"] = key
         bench.run.save()
         return {}
     known = {}
@@ -294,12 +307,13 @@ def _stored(path: Path, bench: Bench) -> dict[str, Candidate]:
     return known
 
 
-def _search_key(bench: Bench) -> str:
-    """Costs and scores belong to one teacher, device and budget: beyond its limits nothing was scored."""
+def _search_key(bench: Bench, model: CostModel) -> str:
+    """Costs and scores belong to one teacher, device, prediction and budget: beyond it nothing was scored."""
     recipe, before = bench.run.record["recipe"], bench.run.record["stages"]["teacher"]
     later = ("finalists", "refine", "refine_candidates", "refine_epochs", "refine_finalists")
     how = {key: value for key, value in recipe["search"].items() if key not in later}
-    parts = [recipe["seed"], how, recipe["budget"], recipe["quantize"]["mode"]]
+    parts = [recipe["seed"], how, recipe["budget"], recipe["quantize"]["mode"], model.kind, model.device]
+    parts += [] if model.table is None else [model.table.line, model.table.entries_ms]
     return sha256_json([before["inputs_sha256"], before["outputs_sha256"], parts, bench.run.target])
 
 
@@ -334,6 +348,7 @@ def cost_facts(model: CostModel, limits: Limits) -> dict[str, Any]:
             "device": model.device,
             "error_percent": model.error_percent,
             "note": model.note,
+            "table": None if (table := model.table) is None else table.facts,
         },
         "budget": {
             "max_latency_ms": limits.latency_ms,

@@ -23,7 +23,7 @@ from edgekd.backends.feeds import external_files, image_feed
 from edgekd.backends.tensorrt import _has_gpu
 from edgekd.checking import CheckOrder, check_bundle
 from edgekd.cost import Roofline, cost_model
-from edgekd.errors import BackendError, DeviceError, MissingExtraError, StorageError, UsageError
+from edgekd.errors import BackendError, DeviceError, MissingExtraError, UsageError
 from edgekd.gate import LatencyLimits
 from edgekd.gating.compare import How, Limits, compare
 from edgekd.gating.subject import resolve
@@ -261,11 +261,8 @@ def test_a_calibrated_table_is_what_the_search_uses(
     foreign = model.predict((known, replace(known, channels_out=977))).latency_ms
     assert (foreign is None) == (Roofline(target, "fp32").predict((known,)).latency_ms is None)
     assert "1 layers that the table lacks are estimates" in model.note
-    path = Path(table["path"])
-    path.write_text(path.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
-    with pytest.raises(StorageError, match="its header says") as caught:
-        cost_model(target, "fp32")
-    assert "edgekd targets calibrate x86-avx2" in caught.value.hint
+    assert model.table is not None
+    assert table["path"] == str(model.table.path)
 
 
 def test_a_table_goes_on_with_the_parts_that_a_lost_device_had_measured(
@@ -279,9 +276,9 @@ def test_a_table_goes_on_with_the_parts_that_a_lost_device_had_measured(
     said: list[str] = []
     with pytest.raises(DeviceError, match=r"measure\.prepare failed"):
         calibrate(target, [lost], wanted, said.append)
-    (kept,) = (tmp_path / "edgekd").glob("*.parts")
+    (kept,) = (tmp_path / "edgekd").rglob("*.parts")
     (first,) = (json.loads(line) for line in kept.read_text().splitlines())
-    assert not list((tmp_path / "edgekd").glob("calibrated-*.json"))
+    assert not list((tmp_path / "edgekd").rglob("*.json"))
     with kept.open("a") as file:
         file.write('{"names": ["empty", "l9')  # cut off
     table = calibrate(target, [server.device()], wanted, said.append)

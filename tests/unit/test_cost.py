@@ -12,9 +12,9 @@ import pytest
 
 from edgekd import cost
 from edgekd.backends import backend
-from edgekd.cost import LayerTable, Line, Roofline, calibrated_path, cost_model, layer_key, size_mib
+from edgekd.calibrated import Subject, store_table
+from edgekd.cost import LayerTable, Line, Roofline, cost_model, layer_key, size_mib
 from edgekd.errors import MissingExtraError, StorageError
-from edgekd.files import write_json
 from edgekd.layer_files import codes_of, input_of, one_layer
 from edgekd.spec import LayerShape
 from edgekd.target import Quantity, Target, all_targets, find_target
@@ -259,20 +259,16 @@ def test_a_layer_that_a_calibration_lacks_is_measured_where_it_was_made(
 ) -> None:
     monkeypatch.setattr(cost, "is_this_machine", lambda target: True)
     target, pointwise = find_target("x86"), LAYERS["pointwise"]
-    header = {
-        "format": 3, "target": target.id, "precision": "int8", "runtime": runtime, "device": "a test",
-        "clock": "cpu",
-    }  # fmt: skip
-    calibrated_path(target.id, "int8").parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        calibrated_path(target.id, "int8"),
-        {
-            "header": header,
-            "line": {"offset_ms": 0.0, "slope": 2.0, "border_ms": 0.0, "weight_ms": 0.0},
-            "validation": {},
-            "entries_ms": {"empty": 0.5, layer_key(CONV): 1.0},
-        },
-    )
+    header = {"format": 3, "target": target.id, "precision": "int8", "runtime": runtime, "device": "a test",
+              "clock": "cpu", "space": "mobile-cnn", "input": [3, 16, 16], "classes": 2}  # fmt: skip
+    line = {"offset_ms": 0.0, "slope": 2.0, "border_ms": 0.0, "weight_ms": 0.0}
+    table = {
+        "header": header,
+        "line": line,
+        "validation": {},
+        "entries_ms": {"empty": 0.5, layer_key(CONV): 1.0},
+    }
+    store_table(target, Subject("mobile-cnn", (3, 16, 16), 2), table)
     model = cost_model(target, "int8")
     found = model.predict((CONV, pointwise)).latency_ms
     same = runtime.endswith(f" {engine.version()}")

@@ -331,8 +331,13 @@ def _bench(started: str | None = None, budget: float = 1.0, target: str = "x86")
     return SimpleNamespace(run=SimpleNamespace(record=record, save=lambda: None, target=target))
 
 
+def _costs(line: dict[str, float] | None = None, kind: str = "layer-table") -> Any:
+    table = None if line is None else SimpleNamespace(line=line, entries_ms={"empty": 0.5})
+    return SimpleNamespace(kind=kind, device="a board", table=table)
+
+
 def _store(path: Path, bench: Any, *lines: str) -> str:
-    assert _stored(path, bench) == {}
+    assert _stored(path, bench, _costs()) == {}
     path.write_text("\n".join(lines))
     return str(bench.run.record["search_started"])
 
@@ -345,7 +350,7 @@ def test_stored_evaluations_are_used_up_to_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "search.jsonl"
     rows = [_row(0, 0, 0, 0, 0), _row(1, 0, 1, 0, 1)]
     key = _store(path, _bench(), *rows, rows[0][:30])
-    known = _stored(path, _bench(key))
+    known = _stored(path, _bench(key), _costs())
     assert list(known.values()) == [candidate((0, 0, 0, 0, 0)), candidate((1, 0, 1, 0, 1))]
     assert path.read_text() == "\n".join(rows) + "\n"
 
@@ -357,8 +362,15 @@ def test_evaluations_for_another_budget_or_device_are_not_used(
     """Beyond a budget nothing was scored: reused under a wider one, such students would look hopeless."""
     path = tmp_path / "search.jsonl"
     key = _store(path, _bench(), _row(0, 0, 0, 0, 0))
-    assert _stored(path, _bench(key, **change)) == {}
+    assert _stored(path, _bench(key, **change), _costs()) == {}
     assert not path.exists()
+
+
+@pytest.mark.parametrize("model", [_costs({"slope": 1.0}), _costs(kind="roofline")])
+def test_evaluations_with_other_predicted_costs_are_not_used(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "search.jsonl"
+    key = _store(path, _bench(), _row(0, 0, 0, 0, 0))
+    assert _stored(path, _bench(key), model) == {}
 
 
 def test_of_a_sum_each_score_counts_alike() -> None:

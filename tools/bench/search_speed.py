@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.cost import cost_model
 from edgekd.executor import Workers
 from edgekd.nets import Outputs, tapped_forward
 from edgekd.probing import randomised
@@ -42,7 +41,7 @@ from edgekd.run import Run, Silent
 from edgekd.search import Genome
 from edgekd.stages.bench import Bench
 from edgekd.stages.scorer import OneThread, Scorer, Terms, in_groups
-from edgekd.stages.search import budget_limits, executed_precision, make_scorer
+from edgekd.stages.search import budget_limits, make_scorer, predictor
 from edgekd.target import find_target
 
 _WARM, _ALONE = 64, 64  # students that each process scores before the clock starts; those of the CPU
@@ -93,7 +92,7 @@ def demonstration(folder: Path, settings: dict[str, object]) -> Bench:
 
 def students(bench: Bench, count: int) -> list[Genome]:
     """Random ones within the budget, as a search scores them."""
-    model = cost_model(bench.run.target, executed_precision(bench))
+    model = predictor(bench)
     limits, rng = budget_limits(bench, model), np.random.default_rng(bench.recipe.seed)
     found: list[Genome] = []
     while len(found) < count:

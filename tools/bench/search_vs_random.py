@@ -28,14 +28,14 @@ import torch
 from mobilenet_v2 import MobileNetV2
 from torch import nn
 
-from edgekd.cost import CostModel, cost_model
+from edgekd.cost import CostModel
 from edgekd.plan import probe
 from edgekd.recipe import load_recipe
 from edgekd.run import Run, Silent
 from edgekd.search import Candidate, Limits
 from edgekd.spaces import SearchSpace
 from edgekd.stages.bench import Bench
-from edgekd.stages.search import executed_precision
+from edgekd.stages.search import predictor
 from edgekd.stages.training import Course
 from edgekd.target import find_target
 from edgekd.tasks.classification import accuracy
@@ -78,7 +78,7 @@ class Rivals:
 
     def all(self, random: int, seed: int) -> list[Student]:
         """The searched student first."""
-        model = cost_model(self.bench.run.target, executed_precision(self.bench))
+        model = predictor(self.bench)
         space, rows = self.bench.space, self._found["candidates"]
         named = {"searched": "chosen"}
         if "chosen_without_refine" in self._found:
