@@ -9,14 +9,14 @@ import logging
 import warnings
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 from torch import fx
 
 from edgekd.errors import UnsupportedModelError
 from edgekd.files import write_bytes
+from edgekd.quantize.means import pool_in_one_node
 from edgekd.spec import ModelSpec
 
 OPSET = 21  # 22 at most: from 23 on attention becomes one node that TensorRT has no kernel for
@@ -55,24 +55,11 @@ def to_onnx(graph: fx.GraphModule | torch.nn.Module, spec: ModelSpec) -> onnx.Mo
         chatter.setLevel(level)
     assert exported is not None
     model: onnx.ModelProto = exported.model_proto
-    _pool_in_one_node(model.graph)
+    pool_in_one_node(model)
     _strip(model)
     describe(model, spec)
     onnx.checker.check_model(model, full_check=True)
     return model
-
-
-def _pool_in_one_node(graph: onnx.GraphProto) -> None:
-    """ReduceMean over height and width, axes kept, is GlobalAveragePool, which has an integer kernel."""
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    for index, node in enumerate(graph.node):
-        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in values:
-            continue
-        keeps = [a.i for a in node.attribute if a.name == "keepdims"] or [1]
-        if keeps == [1] and sorted(np.ravel(values[node.input[1]]).tolist()) in ([-2, -1], [2, 3]):
-            pool = helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output), node.name)
-            graph.node.remove(node)
-            graph.node.insert(index, pool)
 
 
 def _strip(model: onnx.ModelProto) -> None:

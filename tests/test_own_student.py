@@ -147,7 +147,7 @@ def test_a_student_of_unusual_layers_is_quantized_and_exported(
     words = ("--target", "jetson", "--student", "tiny_students:Squeezed", *tiny.arguments(),
              "--set", "distill.epochs=16")  # fmt: skip
     record = edgekd("export", tmp_path, *words)
-    assert set(record["metrics"]["export"]) == {"float.onnx", "int8.onnx", "uint8.onnx"}
+    assert set(record["metrics"]["export"]) == {"float.onnx", "int8.onnx", "uint8.onnx", "openvino.onnx"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """From a float ONNX graph and learnt scales to the QDQ graph one runtime executes in integers.
 
-Q and DQ nodes are written here, never by an exporter, and their number is asserted.
+Where Q and DQ go was decided in torch, before training; they are written as those of any ONNX file are.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from edgekd.errors import ParityError
 from edgekd.quantize.fakequant import QuantizedParameters, Sites
-from edgekd.quantize.qdq import add_pair, add_weight, assert_counts, count_kinds, sort_nodes
+from edgekd.quantize.places import Operation
+from edgekd.quantize.qdq import assert_counts, count_kinds, sort_nodes
+from edgekd.quantize.scheme import Grid
+from edgekd.quantize.writing import Codes, Numbers, write_pairs
 
-ActivationType = Literal["int8", "uint8"]
+Form = Literal["int8", "uint8", "openvino"]
+FORMS: tuple[Form, ...] = ("uint8", "int8", "openvino")
 _POOLS = ("ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool")
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _OPERATORS = {
@@ -50,12 +54,13 @@ def lower(
     float_model: onnx.ModelProto,
     parameters: QuantizedParameters,
     sites: Sites,
-    activation_type: ActivationType,
+    form: Form,
     *,
     split_relu: bool = False,
 ) -> onnx.ModelProto:
-    """The quantized graph. Moving a grid between int8 and uint8 shifts zero point and bounds alike, so every
-    real value stays the same.
+    """The quantized graph, all activations in int8 or in uint8, or in the form that OpenVINO runs fastest: no
+    second pair behind views, means in one node, zero points of 0 where a grid lies evenly around zero. Moving
+    a grid between int8 and uint8 shifts zero point and bounds alike, so every real value stays the same.
 
     `split_relu` puts a second Q/DQ pair of the same grid in front of each quantized ReLU. On a grid that is
     symmetric around zero, rounding and ReLU commute, so values stay the same; ONNX Runtime, which cannot
@@ -64,54 +69,54 @@ def lower(
     Raises:
         ParityError: the ONNX graph lacks a tensor or weight of the torch graph, or a node count is off.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(float_model)
-    graph = model.graph
-    del graph.value_info[:]
-    _set_trained_values(graph, parameters)
-    quantized = _quantize_activations(graph, parameters, sites, activation_type == "int8")
-    if split_relu:
-        quantized += _quantize_before_relu(graph)
-    weights = _quantize_weights(graph, parameters)
-    sort_nodes(graph)
-    _assert_counts(graph, quantized, weights)
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    carried = form == "openvino"
+    names = {name: _onnx_name(name, sites, float_model.graph) for name in sites.activations}
+    tensors = [tensor for name, tensor in names.items() if not (carried and name in sites.same_as)]
+    numbers = Numbers(
+        {tensor: _held(parameters.activations[name], form) for name, tensor in names.items()},
+        _codes(parameters),
+        _trained_floats(float_model.graph, parameters),
+    )
+    layers = [
+        Operation(node.name, node.op_type, (), (), name)
+        for name in parameters.weight_scales
+        for node in float_model.graph.node
+        if name in node.input
+    ]
+    made = write_pairs(float_model, tensors, layers, numbers, signed=form == "int8", carried=carried)
+    pairs = len(tensors) + (_quantize_before_relu(made.graph) if split_relu else 0)
+    sort_nodes(made.graph)
+    _assert_counts(made.graph, pairs, len(parameters.weight_scales))
+    onnx.checker.check_model(made, full_check=True)
+    return made
 
 
-def _set_trained_values(graph: onnx.GraphProto, parameters: QuantizedParameters) -> None:
-    """Replace the float initialisers by the values after quantization-aware training."""
+def _held(grid: Grid, form: Form) -> Grid:
+    return grid.centred if form == "openvino" else grid.shifted(form == "int8")
+
+
+def _trained_floats(graph: onnx.GraphProto, parameters: QuantizedParameters) -> dict[str, np.ndarray]:
+    """The values after quantization-aware training, each of which the graph stores in float."""
     stored = {tensor.name: tensor for tensor in graph.initializer}
     missing = sorted(parameters.tensors.keys() - stored.keys())
     if missing:
         raise ParityError(f"the ONNX graph lacks the parameters {', '.join(missing)}")
     for name, value in parameters.tensors.items():
-        old = numpy_helper.to_array(stored[name])
-        if old.shape != value.shape:
-            raise ParityError(f"parameter {name}: shape {value.shape} in torch, {old.shape} in ONNX")
-        stored[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        shape = tuple(stored[name].dims)
+        if shape != value.shape:
+            raise ParityError(f"parameter {name}: shape {value.shape} in torch, {shape} in ONNX")
+    return parameters.tensors
 
 
-def _quantize_activations(
-    graph: onnx.GraphProto, parameters: QuantizedParameters, sites: Sites, signed: bool
-) -> int:
-    """Insert Q and DQ after each site; returns how many pairs. Consumers that compute read the DQ."""
-    made_by = {name: node for node in graph.node for name in node.output}
-    results = {value.name for value in graph.output}
-    tensors = {name: _onnx_name(name, sites, graph) for name in sites.activations}
-    for name, tensor in tensors.items():
-        grid = parameters.activations[name].shifted(signed)
-        source, dequantized = tensor, f"{tensor}_dequantized"
-        if tensor in results:  # the graph's output keeps its name: the float result is renamed instead
-            source, dequantized = f"{tensor}_float", tensor
-            made_by[tensor].output[list(made_by[tensor].output).index(tensor)] = source
-        for reader in graph.node:
-            for position, read in enumerate(reader.input):
-                if read == tensor and not reader.name.startswith(f"{tensor}_"):
-                    reader.input[position] = dequantized
-        # What TensorRT reads, int8 around zero, has its clip in front.
-        add_pair(graph, source, dequantized, grid, signed, not (signed and grid.zero_point == 0))
-    return len(sites.activations)
+def _codes(parameters: QuantizedParameters) -> dict[str, Codes]:
+    """Each weight as int8 codes with a scale for each output channel, which is the first axis in torch."""
+    found = {}
+    for name, scales in parameters.weight_scales.items():
+        weight = parameters.tensors[name]
+        shaped = scales.reshape(-1, *[1] * (weight.ndim - 1))
+        low, high = parameters.weight_bounds[name]
+        found[name] = Codes(np.clip(np.round(weight / shaped), low, high).astype(np.int8), scales)
+    return found
 
 
 def _quantize_before_relu(graph: onnx.GraphProto) -> int:
@@ -157,23 +162,6 @@ def _onnx_name(name: str, sites: Sites, graph: onnx.GraphProto) -> str:
             "of the torch graph"
         )
     return str(makers[0].output[0])
-
-
-def _quantize_weights(graph: onnx.GraphProto, parameters: QuantizedParameters) -> int:
-    """Store each weight as int8 codes behind a per-channel DequantizeLinear; returns how many."""
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    for name, scales in parameters.weight_scales.items():
-        weight = parameters.tensors[name]
-        shaped = scales.reshape(-1, *[1] * (weight.ndim - 1))
-        low, high = parameters.weight_bounds[name]
-        codes = np.clip(np.round(weight / shaped), low, high).astype(np.int8)
-        graph.initializer.remove(stored[name])
-        real = add_weight(graph, name, codes, scales, axis=0)
-        for node in graph.node:
-            for position, read in enumerate(node.input):
-                if read == name:
-                    node.input[position] = real
-    return len(parameters.weight_scales)
 
 
 def _assert_counts(graph: onnx.GraphProto, activations: int, weights: int) -> None:

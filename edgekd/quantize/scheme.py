@@ -29,6 +29,12 @@ class Grid:
         offset = 0 if low <= self.qmin and self.qmax <= high else (-128 if signed else 128)
         return Grid(self.scale, self.zero_point + offset, self.qmin + offset, self.qmax + offset)
 
+    @property
+    def centred(self) -> Grid:
+        """The same real values with zero point 0, in int8, where that is the middle of 256 codes."""
+        middle = not self.narrow and self.zero_point - self.qmin == 128
+        return self.shifted(signed=True) if middle else self
+
 
 @dataclass(frozen=True)
 class QuantScheme:

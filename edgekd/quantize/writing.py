@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgekd.quantize.means import mean_in_one_node
-from edgekd.quantize.places import Places
+from edgekd.quantize.places import Operation, Places
 from edgekd.quantize.qdq import add_pair, add_weight, assert_counts, count_kinds, sort_nodes
 from edgekd.quantize.scheme import Grid
 
@@ -54,23 +54,42 @@ def write_quantized(
     Raises:
         ParityError: the numbers of Q and DQ nodes are not those that were written.
     """
-    chosen = list(places.operations) if only is None else list(only)
+    names = list(places.operations) if only is None else list(only)
+    chosen = [places.operations[name] for name in names]
+    tensors = places.pairs(names) if activations else []
+    layers = [one for one in chosen if one.weight]
+    return write_pairs(model, tensors, layers, numbers, signed=signed, carried=places.carried)
+
+
+def write_pairs(
+    model: onnx.ModelProto,
+    tensors: Sequence[str],
+    layers: Sequence[Operation],
+    numbers: Numbers,
+    *,
+    signed: bool,
+    carried: bool,
+) -> onnx.ModelProto:
+    """The graph with a pair of Q and DQ behind each of `tensors`, and the weights of `layers` in integers.
+
+    Args:
+        carried: for a runtime that carries integers through movers by itself: means become one node.
+
+    Raises:
+        ParityError: the numbers of Q and DQ nodes are not those that were written.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
     del graph.value_info[:]
     _set_floats(graph, numbers.floats)
     before = count_kinds(graph)
-    tensors = places.pairs(chosen) if activations else []
-    moved = mean_in_one_node(made) if places.carried else {}
+    moved = mean_in_one_node(made) if carried else {}
     for name in tensors:
         grid = numbers.grids[name]
         held = signed or grid.qmin < 0
         _quantize_activation(graph, moved.get(name, name), grid.shifted(held), held)
-    written = 0
-    for operation in (places.operations[name] for name in chosen):
-        if operation.weight:
-            written += _quantize_weight(graph, operation.name, operation.weight, operation.axis, numbers)
+    written = sum(_quantize_weight(graph, layer, numbers) for layer in layers)
     _lower_opset(made)
     sort_nodes(graph)
     assert_counts(
@@ -113,18 +132,20 @@ def _quantize_activation(graph: onnx.GraphProto, tensor: str, grid: Grid, signed
             for position, name in enumerate(node.input):
                 if name == tensor:
                     node.input[position] = dequantized
-    add_pair(graph, source, dequantized, grid, signed)
+    # What TensorRT reads, int8 around zero, has the clip of a narrow grid in front.
+    add_pair(graph, source, dequantized, grid, signed, not (signed and grid.zero_point == 0))
 
 
-def _quantize_weight(graph: onnx.GraphProto, node_name: str, weight: str, axis: int, numbers: Numbers) -> int:
+def _quantize_weight(graph: onnx.GraphProto, layer: Operation, numbers: Numbers) -> int:
     """Returns how many DequantizeLinear nodes were added: one, or none where another layer added it."""
-    node = next(node for node in graph.node if node.name == node_name)
+    weight, node = layer.weight, next(node for node in graph.node if node.name == layer.name)
     real = f"{weight}_dequantized"
+    position = list(node.input).index(weight)
+    node.input[position] = real
     if any(real in other.output for other in graph.node):
-        node.input[1] = real
         return 0
     held = numbers.weights[weight]
-    node.input[1] = add_weight(graph, weight, held.codes, held.scales, axis)
+    add_weight(graph, weight, held.codes, held.scales, layer.axis)
     if not any(weight in other.input for other in graph.node):
         stored = next(tensor for tensor in graph.initializer if tensor.name == weight)
         graph.initializer.remove(stored)

@@ -1,4 +1,4 @@
-"""Stage 5: float ONNX, and one QDQ file for each dialect that a runtime of this run or target needs."""
+"""Stage 5: float ONNX, and one QDQ file for each form that a runtime of this run or target needs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import onnx
 from edgekd import export
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import ParityError
-from edgekd.quantize.lower import lower
+from edgekd.quantize.lower import FORMS, lower
 from edgekd.stages.bench import Bench
 from edgekd.stages.quantize import FILE, load_quantized, rebuild
 from edgekd.stages.search import quantize_mode
+from edgekd.stages.variants import planned_variants
 from edgekd.tasks.classification import top1_agreement
 from edgekd.train import evaluate
 
@@ -37,10 +38,13 @@ def run(bench: Bench) -> dict[str, Any]:
     if quantize_mode(bench) != "none":
         parameters, sites, scheme = load_quantized(bench.run.folder / FILE)
         logits["int8"] = evaluate(rebuild(bench), inputs).numpy()
-        for kind in ("uint8", "int8"):
-            name = f"{kind}.onnx"
+        planned = {variant.file for variant in planned_variants(bench.run.target, True, False)}
+        for form in FORMS:
+            name = f"{form}.onnx"
+            if name not in planned:
+                continue
             lowered = lower(
-                float_model, parameters, sites, kind, split_relu=scheme.symmetric and kind == "uint8"
+                float_model, parameters, sites, form, split_relu=scheme.symmetric and form == "uint8"
             )
             export.describe(lowered, bench.spec)
             export.save(lowered, folder / name)

@@ -15,7 +15,7 @@ from edgekd.files import write_json
 from edgekd.nets import count_macs, count_parameters, layer_shapes
 from edgekd.quantize.capture import capture
 from edgekd.quantize.fakequant import calibrate, find_sites, insert, parameters_of
-from edgekd.quantize.lower import lower
+from edgekd.quantize.lower import FORMS, lower
 from edgekd.quantize.scheme import scheme_for
 from edgekd.run import fingerprint
 from edgekd.search import Candidate
@@ -159,8 +159,8 @@ def _rehearse(bench: Bench, student: nn.Module) -> None:
     grids = calibrate(graph, sites, [normalise(images, bench.spec.preprocessing)], scheme, "min-max")
     parameters = parameters_of(insert(graph, sites, grids, scheme), sites)
     try:
-        lower(float_model, parameters, sites, "int8")
-        lower(float_model, parameters, sites, "uint8", split_relu=scheme.symmetric)
+        for form in FORMS:
+            lower(float_model, parameters, sites, form, split_relu=scheme.symmetric and form == "uint8")
     except ParityError as error:
         raise UnsupportedModelError(
             f"student '{bench.recipe.search.student}' cannot be quantized: {error.message}",

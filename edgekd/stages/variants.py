@@ -35,7 +35,7 @@ def planned_variants(target: Target, quantized: bool, bfloat16: bool) -> tuple[P
     """All variants for a target, quantized ones first.
 
     int8 graphs differ by runtime: TensorRT takes int8 activations; ONNX Runtime uint8, on arm64 either;
-    OpenVINO whichever grid was trained, but never an int8 one with a zero point other than 0.
+    OpenVINO has a form of its own (`edgekd.quantize.lower`).
     `bfloat16`: this machine's OpenVINO runs bf16 natively.
     """
     plans: list[Planned] = []
@@ -55,8 +55,7 @@ def planned_variants(target: Target, quantized: bool, bfloat16: bool) -> tuple[P
             # ONNX Runtime leaves the convolution in float on aarch64 too.
             file = "uint8.onnx" if scheme.symmetric else "int8.onnx"
             plans.append(Planned("onnxruntime-arm64-int8", "onnxruntime", file, arch=ARM, runs_here=False))
-        openvino_file = "int8.onnx" if scheme.symmetric else "uint8.onnx"
-        plans.append(Planned("openvino-int8", "openvino", openvino_file, "f32", X86, safe))
+        plans.append(Planned("openvino-int8", "openvino", "openvino.onnx", "f32", X86, safe))
         plans.append(Planned("onnxruntime-int8", "onnxruntime", "uint8.onnx", "f32", X86, safe))
     if bfloat16:
         plans.append(Planned("openvino-bf16", "openvino", "float.onnx", "bf16", X86, ("avx512_bf16",)))

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from edgekd import export
 from edgekd.backends import backend
 from edgekd.errors import ParityError, RecipeError, UnsupportedModelError
-from edgekd.quantize import lower as lowering
+from edgekd.quantize import writing
 from edgekd.quantize.bias import correct_biases
 from edgekd.quantize.capture import capture
 from edgekd.quantize.fakequant import (
@@ -33,7 +33,7 @@ from edgekd.quantize.fakequant import (
     parameters_of,
     with_values_of,
 )
-from edgekd.quantize.lower import lower
+from edgekd.quantize.lower import FORMS, Form, lower
 from edgekd.quantize.qdq import add_pair
 from edgekd.quantize.quantizers import ActivationQuantizer, WeightQuantizer, freeze_after
 from edgekd.quantize.scheme import Grid, QuantScheme, scheme_for
@@ -45,7 +45,6 @@ from edgekd.target import all_targets, find_target
 from edgekd.train import evaluate
 
 SPEC = ModelSpec(Preprocessing(SIZE, SIZE, "grey", (0.0,), (1.0,)), CLASSES)
-KINDS = ("int8", "uint8")
 SCHEMES = {
     "symmetric": QuantScheme("s8", symmetric=True, weight_max=127, quantize_output=False),
     "relu from zero": QuantScheme("u8", symmetric=False, weight_max=127, quantize_output=True),
@@ -98,9 +97,9 @@ def quantized(case: Case, scheme: QuantScheme) -> tuple[fx.GraphModule, Sites]:
     return insert(case.graph, sites, grids, scheme).eval(), sites
 
 
-def lowered(case: Case, scheme: QuantScheme, kind: str, split: bool = False) -> onnx.ModelProto:
+def lowered(case: Case, scheme: QuantScheme, kind: Form, split: bool = False) -> onnx.ModelProto:
     graph, sites = quantized(case, scheme)
-    return lower(case.onnx, parameters_of(graph, sites), sites, kind, split_relu=split)  # type: ignore[arg-type]
+    return lower(case.onnx, parameters_of(graph, sites), sites, kind, split_relu=split)
 
 
 def run_onnx(model: onnx.ModelProto, path: Path) -> np.ndarray:
@@ -298,9 +297,9 @@ def test_quantized_parameters_are_read_back_as_written(case: Case, tmp_path: Pat
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMS)
 def test_the_integer_graph_computes_what_torch_computes(
-    case: Case, scheme: str, kind: str, tmp_path: Path
+    case: Case, scheme: str, kind: Form, tmp_path: Path
 ) -> None:
     exact = evaluate(quantized(case, SCHEMES[scheme])[0], inputs()).numpy()
     model = lowered(case, SCHEMES[scheme], kind)
@@ -335,19 +334,20 @@ def test_layers_of_other_networks_become_integers_too(activation: type[nn.Module
     graph = capture(model, SPEC.input_shape)
     case = Case(graph, export.to_onnx(graph, SPEC), model)
     exact = evaluate(quantized(case, SCHEMES["symmetric"])[0], inputs()).numpy()
-    for kind in KINDS:
+    for kind in FORMS:
         model_of_kind = lowered(case, SCHEMES["symmetric"], kind, kind == "uint8")
         difference = np.abs(run_onnx(model_of_kind, tmp_path / f"{kind}.onnx") - exact)
         assert difference.mean() < 1e-4 * np.ptp(exact)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantize_and_dequantize_nodes_are_counted(case: Case, scheme: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", FORMS)
+def test_quantize_and_dequantize_nodes_are_counted(case: Case, scheme: str, kind: Form) -> None:
     _, sites = quantized(case, SCHEMES[scheme])
     nodes = [node.op_type for node in lowered(case, SCHEMES[scheme], kind).graph.node]
-    assert nodes.count("QuantizeLinear") == len(sites.activations)
-    assert nodes.count("DequantizeLinear") == len(sites.activations) + len(sites.weights)
+    pairs = len(sites.activations) - (len(sites.same_as) if kind == "openvino" else 0)
+    assert nodes.count("QuantizeLinear") == pairs
+    assert nodes.count("DequantizeLinear") == pairs + len(sites.weights)
     assert "BatchNormalization" not in nodes
 
 
@@ -364,17 +364,31 @@ def test_weights_are_stored_in_int8_and_biases_in_float(case: Case, scheme: str)
     assert all(value.dtype == np.float32 for value in biases)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_zero_points_of_a_symmetric_scheme_are_the_middle(case: Case, kind: str) -> None:
+@pytest.mark.parametrize("kind", FORMS)
+def test_zero_points_of_a_symmetric_scheme_are_the_middle(case: Case, kind: Form) -> None:
     stored = lowered(case, SCHEMES["symmetric"], kind).graph.initializer
     zeros = {int(numpy_helper.to_array(t)) for t in stored if t.name.endswith("_zero_point") and not t.dims}
-    assert zeros == {0 if kind == "int8" else 128}
+    assert zeros == {128 if kind == "uint8" else 0}
 
 
-def test_both_number_formats_hold_the_same_real_values(case: Case, tmp_path: Path) -> None:
+def test_for_openvino_the_mean_is_one_node_and_grids_around_zero_have_the_zero_point_0(case: Case) -> None:
+    model = lowered(case, SCHEMES["relu from zero"], "openvino")
+    nodes = {node.op_type: node for node in model.graph.node}
+    assert "Reshape" not in nodes and nodes["ReduceMean"].output[0] == nodes["Gemm"].input[0].removesuffix(
+        "_dequantized"
+    )
+    stored = model.graph.initializer
+    zeros = [numpy_helper.to_array(t) for t in stored if t.name.endswith("_zero_point") and not t.dims]
+    assert not any(zero.any() for zero in zeros)
+    assert {zero.dtype for zero in zeros} == {np.dtype(np.int8), np.dtype(np.uint8)}
+
+
+def test_all_forms_hold_the_same_real_values(case: Case, tmp_path: Path) -> None:
     for scheme in SCHEMES.values():
-        found = [run_onnx(lowered(case, scheme, kind), tmp_path / f"{kind}.onnx") for kind in KINDS]
-        assert np.array_equal(found[0], found[1])
+        found = {kind: run_onnx(lowered(case, scheme, kind), tmp_path / f"{kind}.onnx") for kind in FORMS}
+        assert np.array_equal(found["int8"], found["uint8"])
+        off = np.abs(found["openvino"] - found["uint8"])  # a mean that is summed in another order
+        assert (off > 1e-6 * np.ptp(found["uint8"])).mean() < 0.01
 
 
 def test_a_second_pair_before_relu_changes_no_value(case: Case, tmp_path: Path) -> None:
@@ -451,7 +465,7 @@ def test_a_lost_pair_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             graph.node.append(onnx.helper.make_node("Identity", [source], [dequantized]))
 
-    monkeypatch.setattr(lowering, "add_pair", forgetful)
+    monkeypatch.setattr(writing, "add_pair", forgetful)
     with pytest.raises(ParityError, match="QuantizeLinear nodes, expected"):
         lowered(case, SCHEMES["symmetric"], "int8")
 
@@ -611,11 +625,11 @@ def test_the_layer_that_breaks_is_found_spared_and_float_in_the_file(tmp_path: P
 # ---------------------------------------------------------------- fewer bits of activations, learnt offsets
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("bits", [6, 4])
 @pytest.mark.parametrize("name", ["symmetric", "relu from zero"])
 def test_narrow_activations_compute_the_same_in_their_8_bit_file(
-    case: Case, tmp_path: Path, name: str, bits: int, kind: str
+    case: Case, tmp_path: Path, name: str, bits: int, kind: Form
 ) -> None:
     scheme = SCHEMES[name]
     sites = find_sites(case.graph, scheme)
@@ -625,7 +639,7 @@ def test_narrow_activations_compute_the_same_in_their_8_bit_file(
     narrow = [grid for grid in grids.values() if grid.narrow]
     assert narrow and all(grid.qmax - grid.qmin + 1 == 2**bits for grid in narrow)
     split = scheme.symmetric and kind == "uint8"
-    model = lower(case.onnx, parameters_of(graph, sites), sites, kind, split_relu=split)  # type: ignore[arg-type]
+    model = lower(case.onnx, parameters_of(graph, sites), sites, kind, split_relu=split)
     assert sum(node.op_type == "Clip" for node in model.graph.node) == len(narrow)
     codes = model.graph.initializer
     if scheme.symmetric and kind == "int8":  # what TensorRT reads: zero points of 0

@@ -337,6 +337,7 @@ def test_on_arm64_a_symmetric_grid_takes_the_graph_whose_convolutions_fuse(cards
     for name, file in (("jetson-orin-nano-8gb", "uint8.onnx"), ("rpi5-8gb", "int8.onnx")):
         plans = {plan.id: plan for plan in planned_variants(cards[name], True, False)}
         assert plans["onnxruntime-arm64-int8"].file == file
+        assert plans["openvino-int8"].file == "openvino.onnx"
 
 
 def test_a_board_is_known_by_its_device_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
