@@ -151,8 +151,9 @@ def nearest_table(target: Target, precision: str, subject: Subject | None) -> St
     return tables[near.index(max(near))] if tables else None
 
 
-def told_tables(target: Target, precision: str, subject: Subject, used: StoredTable | None) -> str:
-    """Which table predicts, or why none of those that there are; "" where there is none.
+def told_tables(target: Target, name: str, precision: str, subject: Subject, used: StoredTable | None) -> str:
+    """Which table predicts, or why none of those that there are; "" where there is none. `name` is what the
+    user calls the target.
 
     Raises:
         StorageError: a table cannot be read.
@@ -166,13 +167,13 @@ def told_tables(target: Target, precision: str, subject: Subject, used: StoredTa
         said += "" if used.serves(subject) else f"; none is of {subject.words}, so its error is not known"
     if not said or (used is not None and used.serves(subject)):
         return said
-    return f"{said}: {calibrate_command(target, precision, subject)}"
+    return f"{said}; {calibrate_command(name, precision, subject)} measures it"
 
 
-def calibrate_command(target: Target, precision: str, subject: Subject) -> str:
-    """What measures the table of a subject."""
+def calibrate_command(name: str, precision: str, subject: Subject) -> str:
+    """What measures the table of a subject for the target that the user names so."""
     channels, height, _ = subject.input_shape
-    words = ["edgekd targets calibrate", target.id, f"--precision {precision} --image-size {height}"]
+    words = ["edgekd targets calibrate", name, f"--precision {precision} --image-size {height}"]
     words += [f"--space {subject.space}"] if subject.space else []
     words += ["--color grey"] if channels == 1 else []
     return " ".join([*words, f"--classes {subject.classes}"])

@@ -102,7 +102,6 @@ class Roofline:
     """
 
     kind = "roofline"
-    error_percent: float | None = 50.0
     table: StoredTable | None = None
 
     def __init__(self, target: Target, precision: str) -> None:
@@ -121,10 +120,12 @@ class Roofline:
         }
         self._peak = self._peak_gflops(target.primary)
         self.known = self._bandwidth is not None and self._peak is not None
+        self.error_percent = 50.0 if self.known else None
         self.note = (
             "from the card's figures; it orders candidates and proves nothing"
             if self.known
-            else "the card has no compute or bandwidth figure: latency unknown, MACs order the candidates"
+            else f"the card '{target.id}' has no figure of {precision} compute or of bandwidth: latency is "
+            "unknown, a limit on it is not checked, MACs order the candidates"
         )
 
     @property

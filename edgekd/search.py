@@ -24,12 +24,13 @@ _HOPELESS = -1e6  # objective of a candidate outside the budget, which is never 
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper limits of a candidate; None is no limit."""
+    """Upper limits of a candidate; None is no limit. That of `macs` is a share of `teacher_macs`."""
 
     latency_ms: float | None
     size_mib: float | None
     macs: int | None
     memory_mib: float | None = None
+    teacher_macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -317,22 +318,28 @@ def _infeasible(candidates: list[Candidate], limits: Limits) -> InfeasibleBudget
             "check the teacher and its input normalisation (--mean, --std)",
         )
     nearest = min(candidates, key=lambda c: sum(c.excess(limits).values()))
-    binds = ", ".join(f"{name} is {100 * by:.0f} % over" for name, by in nearest.excess(limits).items())
-    latency = "unknown" if nearest.latency_ms is None else f"{nearest.latency_ms:.3g} ms"
-    needs = []
-    if limits.latency_ms is not None and nearest.latency_ms is not None:
-        needs.append(f"--max-latency-ms {_round_up(nearest.latency_ms)}")
-    if limits.size_mib is not None:
-        needs.append(f"--max-size-mib {_round_up(nearest.size_mib)}")
-    if limits.memory_mib is not None and nearest.memory_mib > limits.memory_mib:
-        needs.append(f"--set budget.max_memory_mib={_round_up(nearest.memory_mib)}")
-    if limits.macs is not None and nearest.macs > limits.macs:
-        needs.append(f"a budget.max_macs_ratio {_round_up(nearest.macs / limits.macs)} times the present one")
+    excess = nearest.excess(limits)
+    parts, needs = [], []
+    for name, key, told, option in _BUDGET:
+        value, limit = getattr(nearest, key), getattr(limits, key)
+        part = f"{name} {'unknown' if value is None else told(value)}"
+        parts.append(f"{part} (limit {told(limit)})" if name in excess else part)
+        if name in excess:
+            share = limits.teacher_macs if name == "MACs" and limits.teacher_macs else 1
+            needs.append(option + _round_up(value / share))
     return InfeasibleBudgetError(
-        f"no student of {len(candidates)} meets the budget; the nearest is predicted at {latency}, "
-        f"{nearest.size_mib:.3g} MiB, {nearest.macs / 1e6:.3g} MMACs: {binds}",
+        f"no student of {len(candidates)} meets the budget; the nearest, as predicted: {', '.join(parts)}",
         "feasible from about " + " ".join(needs),
     )
+
+
+# Name, attribute of `Candidate` and of `Limits`, how it is told, and the option that moves the limit.
+_BUDGET: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
+    ("latency", "latency_ms", lambda ms: f"{ms:.3g} ms", "--max-latency-ms "),
+    ("size", "size_mib", lambda mib: f"{mib:.3g} MiB", "--max-size-mib "),
+    ("MACs", "macs", lambda macs: f"{macs / 1e6:.3g} M", "--set budget.max_macs_ratio="),
+    ("memory", "memory_mib", lambda mib: f"{mib:.3g} MiB", "--set budget.max_memory_mib="),
+)
 
 
 def _round_up(value: float) -> str:

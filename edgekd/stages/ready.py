@@ -58,8 +58,9 @@ def ready_teacher(
     on `inputs` (normalised); `threads` 0 is all that this process may use.
 
     Raises:
-        TeacherError: a network that refuses images of this shape.
+        TeacherError: a network or a file that refuses images of this shape.
     """
+    _file_takes(loaded, name, spec)
     teacher = Teacher(name, spec, loaded.sha256, loaded.size_mib, loaded.model, loaded.onnx)
     teacher.batch = loaded.batch
     if loaded.model is not None:
@@ -73,6 +74,21 @@ def ready_teacher(
         teacher.onnx = path if path.exists() else None
     use_fastest_runtime(teacher, inputs, threads or len(os.sched_getaffinity(0)))
     return teacher
+
+
+def _file_takes(loaded: LoadedTeacher, name: str, spec: ModelSpec) -> None:
+    """An ONNX file may fix the shape of its input."""
+    channels, height, width = spec.input_shape
+    if loaded.model is not None:
+        return
+    wanted = (loaded.channels or channels, *(loaded.image_size or (height, width)))
+    if wanted != spec.input_shape:
+        told = [f"{c} x {h} x {w}" for c, h, w in (wanted, spec.input_shape)]
+        raise TeacherError(
+            f"the teacher '{name}' takes images of {told[0]} (channels, height, width), those of the data "
+            f"are {told[1]}",
+            "leave --image-size out: images are then resized to what the (first) teacher takes",
+        )
 
 
 def _takes(model: nn.Module, name: str, spec: ModelSpec) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from edgekd.backends import backend
 from edgekd.black_box import cut_out
 from edgekd.blocks import deployed
-from edgekd.calibrated import Subject, told_tables
-from edgekd.cost import CostModel, cost_model
+from edgekd.calibrated import Subject, calibrate_command, told_tables
+from edgekd.cost import CostModel, Roofline, cost_model
 from edgekd.errors import BackendError, MissingExtraError
 from edgekd.executor import Workers
 from edgekd.files import sha256_json, write_json
@@ -129,10 +129,14 @@ def _remeasured(chosen: int, measured: Measured | None) -> dict[str, Any]:
 def predictor(bench: Bench, space: str | None = None) -> CostModel:
     """What predicts the costs of students of `space`, by default the recipe's; says which table it is."""
     target, precision, spec = bench.run.target, executed_precision(bench), bench.spec
+    name = bench.recipe.target
     space = bench.recipe.search.space if space is None else space
     subject = Subject(space, spec.input_shape, len(spec.classes))
     model = cost_model(target, precision, subject)
-    if told := told_tables(target, precision, subject, model.table):
+    told = told_tables(target, name, precision, subject, model.table)
+    if isinstance(model, Roofline) and not model.known:
+        told = f"{model.note}; {calibrate_command(name, precision, subject)} measures it"
+    if told:
         bench.run.reporter.say(f"  {told}")
     return model
 
@@ -163,6 +167,7 @@ def budget_limits(bench: Bench, model: CostModel) -> Limits:
         budget.max_size_mib,
         None if teacher_macs is None else int(teacher_macs * budget.max_macs_ratio),
         budget.max_memory_mib,
+        teacher_macs,
     )
 
 

@@ -88,13 +88,11 @@ def test_the_error_of_a_table_is_not_that_of_other_students() -> None:
     store_table(TARGET, SMALL, table(SMALL))
     model = cost_model(TARGET, "int8", LARGE)
     assert model.error_percent is None
-    said = told_tables(TARGET, "int8", LARGE, model.table)
+    said = told_tables(TARGET, "rpi5", "int8", LARGE, model.table)
     assert "by the table of mobile-cnn, 3x32x32, 10 classes" in said
-    command = (
-        "edgekd targets calibrate rpi5-8gb --precision int8 --image-size 64 --space mobile-cnn --classes 10"
-    )
-    assert said.endswith(command)
-    own = told_tables(TARGET, "int8", SMALL, model.table)
+    command = "edgekd targets calibrate rpi5 --precision int8 --image-size 64"
+    assert said.endswith(f"; {command} --space mobile-cnn --classes 10 measures it")
+    own = told_tables(TARGET, "rpi5", "int8", SMALL, model.table)
     assert "median error 4 %" in own
     assert "edgekd targets calibrate" not in own
 
@@ -103,14 +101,12 @@ def test_tables_of_another_precision_or_runtime_are_named_and_not_used() -> None
     store_table(TARGET, SMALL, table(SMALL, precision="fp32"))
     model = cost_model(TARGET, "int8", SMALL)
     assert (model.kind, model.table) == ("roofline", None)
-    said = told_tables(TARGET, "int8", SMALL, None)
-    assert said.startswith(
-        "no table of layers is for int8 on onnxruntime, only for fp32 on onnxruntime: edgekd"
-    )
+    said = told_tables(TARGET, "rpi5", "int8", SMALL, None)
+    assert said.startswith("no table of layers is for int8 on onnxruntime, only for fp32 on onnxruntime; ")
     unit = msgspec.structs.replace(TARGET.primary, runtime="openvino")
     other = msgspec.structs.replace(TARGET, compute=(unit,))
     assert cost_model(other, "fp32", SMALL).table is None
-    assert told_tables(find_target("rpi4"), "int8", SMALL, None) == ""
+    assert told_tables(find_target("rpi4"), "rpi4", "int8", SMALL, None) == ""
 
 
 def test_the_single_table_of_an_earlier_version_is_read(cache: Path) -> None:

@@ -118,10 +118,12 @@ def test_float_values_move_four_times_the_bytes() -> None:
 
 def test_without_numbers_the_latency_is_unknown_and_the_size_is_not() -> None:
     for peak, bandwidth in (({}, {"dram_gbs": quantity(1.0)}), ({"int8_tops": quantity(1.0)}, {})):
-        found = Roofline(card(peak, bandwidth), "int8").predict((CONV,))
+        model = Roofline(card(peak, bandwidth), "int8")
+        found = model.predict((CONV,))
         assert found.latency_ms is None
         assert found.size_mib > 0
-        assert "latency unknown" in Roofline(card(peak, bandwidth), "int8").note
+        assert model.error_percent is None
+        assert "latency is unknown, a limit on it is not checked" in model.note
 
 
 def test_unverified_numbers_are_named_when_they_are_used() -> None:

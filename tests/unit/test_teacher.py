@@ -21,6 +21,7 @@ from edgekd.errors import EdgekdError, MissingExtraError, TeacherError
 from edgekd.quantize.capture import capture
 from edgekd.recipe import TeacherRecipe
 from edgekd.spec import ModelSpec, Preprocessing
+from edgekd.stages.ready import ready_teacher
 from edgekd.teacher import LoadedTeacher, Teacher, check_teacher, load_teacher, use_fastest_runtime
 
 pytestmark = pytest.mark.slow  # exports networks
@@ -236,6 +237,19 @@ def test_a_file_with_a_fixed_batch_gets_that_many_images(black_box: Path, batch:
         found.append(teacher.logits(inputs(10)))
     assert found[0].shape == (10, 4)
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.1)
+
+
+def test_a_file_for_images_of_another_size_says_which(black_box: Path, tmp_path: Path) -> None:
+    wide = ModelSpec(Preprocessing(SIZE, SIZE + 4, "grey", (0.0,), (1.0,)), CLASSES)
+    with pytest.raises(TeacherError) as caught:
+        ready_teacher(
+            load(str(black_box)), "box", wide, folder=tmp_path, inputs=inputs(2), threads=1, say=print
+        )
+    told = (
+        f"takes images of 1 x {SIZE} x {SIZE} (channels, height, width), those of the data are 1 x {SIZE} x"
+    )
+    assert told in caught.value.message
+    assert "leave --image-size out" in caught.value.hint
 
 
 @pytest.mark.parametrize("damage", [b"", b"no model", b"\x08\x01" * 50])
