@@ -7,13 +7,15 @@ here must bear to be run twice, because it is when its process dies, and no resu
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -34,6 +36,17 @@ def in_turn(work: Callable[[_Item], _Made], item: _Item) -> _Made:
     """What another process runs: one piece at a time, however many threads a Dask worker has."""
     with _TURN:
         return work(item)
+
+
+def _end_with_parent() -> None:
+    """A process beside others waits for work for ever, when what started it is killed."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None and wait_for([parent.sentinel]):
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def scheduler_of(executor: str) -> str:
@@ -153,7 +166,7 @@ class Workers:
 
     def _start(self, needs: str) -> Executor:
         if not self.cluster:
-            return ProcessPoolExecutor(self.processes, get_context("spawn"))
+            return ProcessPoolExecutor(self.processes, get_context("spawn"), _end_with_parent)
         wanted = {"resources": {needs: 1}} if needs else {}
         made: Executor = self.client.get_executor(pure=False, **wanted)
         return made

@@ -23,17 +23,24 @@ def proxies_list(as_json: bool) -> None:
     """All scores; `+` adds them as ranks: --set search.score=nwot+synflow. Example: edgekd proxies list"""
     from edgekd.proxies import proxy_class, proxy_names
 
+    classes = {name: proxy_class(name) for name in sorted(proxy_names())}
+    modules = [made_by.__module__ for made_by in classes.values()]
     rows: list[dict[str, Any]] = []
-    for name in sorted(proxy_names()):
-        made_by = proxy_class(name)
-        module = inspect.getdoc(inspect.getmodule(made_by)) or ""
-        source = module.partition("\n\n")[0].replace("\n", " ")
+    for name, made_by in classes.items():
+        source = _first(inspect.getmodule(made_by))
+        if modules.count(made_by.__module__) > 1:
+            source = f"{source} {_first(made_by)}"
         rows.append({"name": name, "needs": list(made_by.needs), "source": source})
     if as_json:
         click.echo(json.dumps(rows))
         return
     for row in rows:
         click.echo(f"{row['name']:11} needs: {', '.join(row['needs']) or 'nothing more':36} {row['source']}")
+
+
+def _first(documented: object) -> str:
+    """The first paragraph of a docstring."""
+    return (inspect.getdoc(documented) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 @proxies.command("score")

@@ -18,6 +18,7 @@ from edgekd.report.svg import (
     Series,
     Whisker,
     fit_axis,
+    line,
     mark,
     responsive,
 )
@@ -97,6 +98,9 @@ _PICKS = (
 
 def _candidate_tooltip(candidate: Record, measured_ms: float | None) -> str:
     feasible = dig(candidate, "feasible")
+    standing = "within the budget" if feasible else "outside the budget"
+    if number(candidate, "score") is None:
+        standing += ", without a finite score" if feasible else ", not scored"
     measured = [] if measured_ms is None else [f"measured latency {facts.milliseconds(measured_ms)}"]
     return "\n".join(
         [
@@ -107,7 +111,7 @@ def _candidate_tooltip(candidate: Record, measured_ms: float | None) -> str:
             f"predicted latency {facts.milliseconds(number(candidate, 'latency_ms'))}",
             *measured,
             f"size {facts.size(number(candidate, 'size_mib'))}",
-            "within the budget" if feasible else "outside the budget",
+            standing,
         ]
     )
 
@@ -155,9 +159,10 @@ def search_scatter(record: Record) -> Markup:
         dots.append(Dot(*points[index], radius, style, tooltip, label, shape))
         if index in measured and with_latency:
             dots.append(Dot(measured[index], points[index][1], 4.0, "c0", tooltip))
-    unscored = [x * factor for i, c in enumerate(candidates)
+    unscored = [(x * factor, c) for i, c in enumerate(candidates)
                 if i not in points and (x := number(c, key)) is not None]  # fmt: skip
-    ends = [*(x for x, _ in points.values()), *unscored, *(measured.values() if with_latency else ())]
+    ends = [*(x for x, _ in points.values()), *(x for x, _ in unscored)]
+    ends += measured.values() if with_latency else ()
     x_axis = fit_axis(title, ends, log=True)
     y_axis = fit_axis(
         f"training-free score ({text(search, 'score') or 'unnamed'})", [y for _, y in points.values()]
@@ -173,6 +178,11 @@ def search_scatter(record: Record) -> Markup:
         *([(mark("circle", 8, 8, 4, "c0"), "finalist at its measured latency")] if measured else []),
     ]
     left_out = len(candidates) - len(points) - len(unscored)
+    told = dig(search, "front")
+    named = told if isinstance(told, list) else []
+    front = [points[row] for row in named if isinstance(row, int) and row in points]
+    if front:
+        legend.append((line(0, 8, 16, 8, "line front"), "front: the best score up to each cost"))
     note = (
         "Dot area grows with MACs. Chosen within the budget: the highest sum of two ranks, of the score and "
         "of the MACs; measured latencies and a second stage, where any, decide among the next best. "
@@ -181,9 +191,10 @@ def search_scatter(record: Record) -> Markup:
     if unscored:
         number_of = "1 candidate was" if len(unscored) == 1 else f"{len(unscored)} candidates were"
         note += f" {number_of} not scored: hollow dots on the lower edge."
-        dots = [*(Dot(x, y_axis.low, 3.0, "hollow", "not scored") for x in unscored), *dots]
+        hollow = [Dot(x, y_axis.low, 3.0, "hollow", _candidate_tooltip(c, None)) for x, c in unscored]
+        dots = [*hollow, *dots]
     note += f" {left_out} without a score or cost not drawn." if left_out else ""
-    chart = Scatter(x_axis, y_axis, dots, "Search candidates: cost against score", limits)
+    chart = Scatter(x_axis, y_axis, dots, "Search candidates: cost against score", limits, front)
     return _figure("Candidates of the search", responsive(chart, FULL), legend, note)
 
 

@@ -89,7 +89,7 @@ def search_section(record: Record) -> Markup:
         ("cost model", f"{text(model, 'kind') or 'not recorded'}"
             + (f" for {text(model, 'device')}" if text(model, "device") else "")
             + (f", error about {facts.significant(error, 2)} %" if error is not None else ", error not known")
-            + (f". {text(model, 'note')}" if text(model, "note") else "")),
+            + (f"; {text(model, 'note')}" if text(model, "note") else "")),
         ("budget", "; ".join(budget) or "none"),
         ("chosen, measured", f"{facts.milliseconds(measured)} on {text(search, 'latency_measured_on')}"
             if measured is not None else ""),

@@ -112,6 +112,7 @@ svg .c3{fill:var(--purple);stroke:var(--paper);stroke-width:1.5}
 svg .open{fill:var(--paper);stroke:var(--purple);stroke-width:2;stroke-dasharray:3 2}
 svg .soft{fill-opacity:.55}
 svg .line{fill:none;stroke-width:2;stroke-linejoin:round}
+svg .front{stroke:var(--dot);stroke-width:1.5;stroke-dasharray:5 3}
 svg .l0{stroke:var(--blue)}svg .l1{stroke:var(--orange);stroke-dasharray:6 3}svg .l2{stroke:var(--green)}
 svg .l3{stroke:var(--purple);stroke-dasharray:2 3}
 svg .whisker{stroke-width:2.5;stroke-dasharray:none}

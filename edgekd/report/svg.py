@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 
 from edgekd.report.markup import Markup, tag
 
@@ -197,13 +198,15 @@ def _leader(x: float, y: float, radius: float, label: tuple[float, float], half:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Dots on two axes; the later ones lie on top. ``limits`` are vertical lines ``(x, text)``."""
+    """Dots on two axes; the later ones lie on top. ``limits`` are vertical lines ``(x, text)``, ``steps`` the
+    points of a rising staircase, from the left."""
 
     x: Axis
     y: Axis
     dots: Sequence[Dot]
     title: str
     limits: Sequence[tuple[float, str]] = field(default=())
+    steps: Sequence[tuple[float, float]] = field(default=())
 
     def draw(self, width: float) -> Markup:
         """The plot at a width in px."""
@@ -215,6 +218,12 @@ class Scatter:
                 anchor = "end" if where > width / 2 else "start"
                 parts += [line(where, found.box[1], where, found.box[3], "limit")]
                 parts += [words(where, found.box[1] - 5, text, anchor=anchor, class_="limit-text")]
+        corners = [(x, y) for (_, y), (x, _) in pairwise(self.steps)]
+        walked = [*self.steps[:1], *chain.from_iterable(zip(corners, self.steps[1:], strict=True))]
+        if walked:
+            pixels = (found.at(x, y) for x, y in walked)
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
+            parts.append(tag("polyline", points=path, class_="line front"))
         placed = []
         for dot in self.dots:
             x, y = found.at(dot.x, dot.y)

@@ -105,7 +105,7 @@ def build_student(bench: Bench, blueprint: Blueprint, source: str) -> nn.Module:
                 f"student {source}: the genome {list(genome)} is none of the space "
                 f"'{blueprint.space}' for images of {height} x {width} pixels, whose genes have "
                 f"{list(choices)} options",
-                "use the image size it was found for (--image-size), or leave --student out to search one",
+                "use the space and the image size that it was found for (search.space, data.image_size)",
             )
     return bench.untrained(blueprint)
 

@@ -76,7 +76,12 @@ def score_students(
             "teacher_state": recipe.search.teacher_state if teacher is not None else None,
             "images": len(inputs),
             "seed": recipe.seed,
-            "latency": {"kind": model.kind, "device": model.device, "error_percent": model.error_percent},
+            "latency": {
+                "kind": model.kind,
+                "device": model.device,
+                "error_percent": model.error_percent,
+                "table": None if model.table is None else model.table.facts,
+            },
             "students": rows,
         }
 

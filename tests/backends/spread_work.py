@@ -34,6 +34,11 @@ class InGroups:
         return [self.work(genome) for genome in genomes]
 
 
+def own_id(_: int) -> int:
+    """Of the process that runs this."""
+    return os.getpid()
+
+
 def resources(_: int) -> Any:
     """What the worker of a cluster that runs this was started with."""
     from distributed import get_worker

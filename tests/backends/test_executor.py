@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +196,28 @@ def test_a_score_that_is_not_finite_is_none() -> None:
     broken = scorer()
     object.__setattr__(broken, "inputs", torch.full((8, 1, 16, 16), torch.nan))
     assert broken(GENOMES[0]) == {}
+
+
+KILLED = """
+import os, signal
+from backends.spread_work import own_id
+from edgekd.executor import Workers
+if __name__ == "__main__":
+    with Workers("local:2") as workers:
+        found = workers.run(own_id, range(8))
+        print(*{made for _, made in found}, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_end_when_what_started_them_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    words, env, told = [sys.executable, script], os.environ | {"PYTHONPATH": path}, tmp_path / "ids"
+    with told.open("w") as file:  # a pipe would stay open in what does not end
+        done = subprocess.run(words, env=env, stdout=file, stderr=file, check=False)
+    assert done.returncode == -signal.SIGKILL, told.read_text()
+    for number in map(int, told.read_text().split()):
+        with suppress(ProcessLookupError):  # it has ended
+            assert select.select([os.pidfd_open(number)], [], [], 20)[0], f"process {number} waits for ever"

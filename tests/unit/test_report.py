@@ -4,6 +4,7 @@ shows no number that nobody measured or predicted."""
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -425,6 +426,33 @@ def test_a_finalist_tells_its_predicted_and_its_measured_latency() -> None:
     assert "finalist at its measured latency" in page
     record["metrics"]["search"]["finalists"] = None
     assert "finalist at its measured latency" not in html_report(record)
+
+
+def test_a_candidate_that_was_not_scored_tells_which_and_why() -> None:
+    record = sample_record.full_record()
+    found = record["metrics"]["search"]["candidates"]
+    found[5] |= {"score": None, "feasible": True, "genome": [9, 9, 5]}
+    found[6] |= {"score": None, "feasible": False, "genome": [9, 9, 6]}
+    tips = re.findall(r"<title>genome (\[9, 9, .\])[^<]*?((?:with|out)[^\n<]*)</title>", html_report(record))
+    assert set(tips) == {
+        ("[9, 9, 5]", "within the budget, without a finite score"),
+        ("[9, 9, 6]", "outside the budget, not scored"),
+    }
+
+
+def test_the_front_is_a_staircase_through_its_candidates() -> None:
+    record = sample_record.full_record()
+    assert "the best score up to each cost" not in html_report(record)
+    search = record["metrics"]["search"]
+    for row, (latency_ms, score) in enumerate([(0.01, 0.2), (0.02, 0.5), (0.04, 0.9)]):
+        search["candidates"][row] |= {"latency_ms": latency_ms, "score": score}
+    search["front"] = [0, 1, 2]
+    page = html_report(record)
+    assert "the best score up to each cost" in page
+    (path, *_) = re.findall(r'<polyline points="([^"]*)" class="line front"', page)
+    corners = [tuple(map(float, point.split(","))) for point in path.split()]
+    assert len(corners) == 5
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in itertools.pairwise(corners))  # steps, nothing between
 
 
 def test_a_runtime_that_the_target_does_not_use_is_not_told_of() -> None:
