@@ -214,7 +214,7 @@ def test_processes_end_when_what_started_them_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
-    words, env, told = [sys.executable, script], os.environ | {"PYTHONPATH": path}, tmp_path / "ids"
+    words, env, told = [sys.executable, str(script)], os.environ | {"PYTHONPATH": path}, tmp_path / "ids"
     with told.open("w") as file:  # a pipe would stay open in what does not end
         done = subprocess.run(words, env=env, stdout=file, stderr=file, check=False)
     assert done.returncode == -signal.SIGKILL, told.read_text()
