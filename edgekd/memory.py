@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+
+def give_back() -> None:
+    """Memory that this process has freed goes back to the system, where the C library (glibc) keeps it."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def used_mib() -> float | None:

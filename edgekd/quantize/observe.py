@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -24,11 +24,22 @@ Batches = Callable[[], Iterable[Feeds]]
 
 @dataclass(frozen=True)
 class Observation:
-    """Of one tensor: the range of its values and of 0, which every grid holds, and a histogram over it."""
+    """Of one tensor: the range of its values and of 0, which every grid holds, a histogram over it, and the
+    number of calls that it was seen in."""
 
     low: float
     high: float
     histogram: NDArray[np.float64]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Samples that grids are fitted to; `seen` gathers what they show of one float graph, whatever is made of
+    it later."""
+
+    batches: Batches
+    seen: dict[str, Observation] = field(default_factory=dict)
 
 
 def with_outputs(model: onnx.ModelProto, tensors: Iterable[str]) -> onnx.ModelProto:
@@ -66,12 +77,14 @@ def observe(model: onnx.ModelProto, tensors: list[str], batches: Batches) -> dic
         del seen  # before the next batch is made
     reach = {name: max(high[name], low[name] + _NOTHING) for name in tensors}
     histograms = {name: np.zeros(BINS) for name in tensors}
+    calls = 0
     for feeds in batches():
+        calls += 1
         seen = feeds | session.run(feeds)
         for name in tensors:
             histograms[name] += _histogram(seen[name], low[name], reach[name])
         del seen
-    return {name: Observation(low[name], reach[name], histograms[name]) for name in tensors}
+    return {name: Observation(low[name], reach[name], histograms[name], calls) for name in tensors}
 
 
 def _histogram(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.int64]:

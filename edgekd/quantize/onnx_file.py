@@ -6,6 +6,7 @@ import importlib
 import math
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ class FloatModel:
         """The fixed number of samples of one call; None where the file leaves it free."""
         return self.inputs[0].shape[0] if self.inputs[0].shape else 1
 
-    @property
+    @cached_property
     def values(self) -> dict[str, NDArray[Any]]:
-        """Every stored tensor by name."""
+        """Every stored tensor by name, not to be written to."""
         return {tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer}
 
     @property

@@ -10,7 +10,7 @@ import onnx
 
 from edgekd.backends.macs import compute_nodes
 from edgekd.files import write_bytes
-from edgekd.quantize.observe import Batches, grids_of, observe
+from edgekd.quantize.observe import Batches, Calibration, Observation, grids_of, observe
 from edgekd.quantize.onnx_file import FloatModel
 from edgekd.quantize.places import (
     JOINS,
@@ -20,7 +20,7 @@ from edgekd.quantize.places import (
     weight_scales,
     without_uneven_joins,
 )
-from edgekd.quantize.reconstruct import reconstruct
+from edgekd.quantize.reconstruct import Step, reconstruct
 from edgekd.quantize.scheme import QuantScheme
 from edgekd.quantize.sensitivity import Sensitivity, rank, shortest_prefix
 from edgekd.quantize.smooth import smoothed
@@ -28,6 +28,7 @@ from edgekd.quantize.writing import Codes, Numbers, write_quantized
 
 SIGNED = ("trt-s8sym", "arm-s8")
 _BIAS_STEPS = 2.0**30
+Reporting = tuple[Callable[[str], None], Step]
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,21 @@ class Quantized:
 class PostTraining:
     """All numbers of one graph and one dialect. Trying is cheap once the ranges are known."""
 
-    def __init__(self, model: FloatModel, scheme: QuantScheme, batches: Batches) -> None:
+    def __init__(
+        self,
+        model: FloatModel,
+        scheme: QuantScheme,
+        batches: Batches,
+        seen: dict[str, Observation] | None = None,
+    ) -> None:
+        """`seen`: of this float model on these batches; gets what is looked at in addition."""
         self.model, self.scheme, self._batches = model, scheme, batches
         self.places: Places = find_places(model, scheme)
-        self._observed = observe(
-            model.model, sorted({self.places.root(t) for t in self.places.tensors()}), batches
-        )
-        reach = {name: max(-seen.low, seen.high) for name, seen in self._observed.items()}
+        self._observed = {} if seen is None else seen
+        needed = {self.places.root(tensor) for tensor in self.places.tensors()}
+        if unseen := sorted(needed - self._observed.keys()):
+            self._observed |= observe(model.model, unseen, batches)
+        reach = {name: max(-self._observed[name].low, self._observed[name].high) for name in needed}
         self.places = without_uneven_joins(self.places, reach)
         self._values = model.values
         self._signed = scheme.dialect in SIGNED
@@ -85,31 +94,32 @@ class PostTraining:
             weights[layer.weight] = Codes(codes, scales)
         return Numbers(grids, weights)
 
-    def reconstructed(self, numbers: Numbers) -> Numbers:
+    def reconstructed(self, numbers: Numbers, step: Step = lambda *_: None) -> Numbers:
         """The same grids; weights and biases that make up for each other's rounding on the samples."""
-        return reconstruct(self.model, self.places, numbers, self._batches, self.scheme.weight_max)
+        calls = max(seen.calls for seen in self._observed.values())
+        largest = self.scheme.weight_max
+        return reconstruct(self.model, self.places, numbers, self._batches, largest, calls, step)
 
     def write(self, numbers: Numbers, only: Sequence[str] | None = None) -> onnx.ModelProto:
         """The graph with the operations `only`, or all, in integers."""
         return write_quantized(self.model.model, self.places, numbers, signed=self._signed, only=only)
 
     def best(
-        self, judges: Judges, calibrators: Sequence[str], say: Callable[[str], None]
+        self, judges: Judges, calibrators: Sequence[str], reporter: Reporting
     ) -> tuple[Numbers, str, dict[str, float]]:
         """The numbers with the least damage: a calibrator, with or without reconstruction."""
         made = {name: self.numbers(name) for name in calibrators}
         tried = {name: judges.damage(self.write(numbers)) for name, numbers in made.items()}
         first = min(tried, key=lambda name: tried[name])
         name = f"{first} + reconstruction"
-        made[name] = self.reconstructed(made[first])
+        made[name] = self.reconstructed(made[first], reporter[1])
         tried[name] = judges.damage(self.write(made[name]))
         kept = min(tried, key=lambda one: tried[one])
-        say("  " + ", ".join(f"{one} {damage:.4g}" for one, damage in tried.items()) + f": {kept} kept")
+        told = ", ".join(f"{one} {damage:.4g}" for one, damage in tried.items())
+        reporter[0](f"  {told}: {kept} kept")
         return made[kept], kept, tried
 
-    def sensitivity(
-        self, numbers: Numbers, judges: Judges, step: Callable[[str, int, int], None]
-    ) -> tuple[Sensitivity, ...]:
+    def sensitivity(self, numbers: Numbers, judges: Judges, step: Step) -> tuple[Sensitivity, ...]:
         """Damage of each operation alone, in the order of the graph."""
         macs = self._macs()
         found = []
@@ -143,13 +153,10 @@ class PostTraining:
         return None if count is None else (without(ordered[:count]), tuple(ordered[:count]))
 
 
-Reporting = tuple[Callable[[str], None], Callable[[str, int, int], None]]
-
-
 def quantize_graph(
     model: FloatModel,
     scheme: QuantScheme,
-    batches: Batches,
+    calibration: Calibration,
     judges: Judges,
     limit: float,
     *,
@@ -162,15 +169,15 @@ def quantize_graph(
         DataError: a tensor of the float model is not finite on the samples.
         UnsupportedModelError: nothing in the graph can be quantized.
     """
-    work = PostTraining(model, scheme, batches)
-    numbers, how, tried = work.best(judges, calibrators, reporter[0])
+    work = PostTraining(model, scheme, calibration.batches, calibration.seen)
+    numbers, how, tried = work.best(judges, calibrators, reporter)
     whole = work.write(numbers)
     drop = judges.drop(whole)
-    even = smoothed(model.model, batches) if drop > limit else None
+    even = smoothed(model.model, calibration.batches) if drop > limit else None
     if even is not None:
         reporter[0](f"  {scheme.dialect}: {drop:.2f} points lost; the same with ranges moved")
-        other = PostTraining(replace(model, model=even), scheme, batches)
-        theirs, name, damage = other.best(judges, calibrators, reporter[0])
+        other = PostTraining(replace(model, model=even), scheme, calibration.batches)
+        theirs, name, damage = other.best(judges, calibrators, reporter)
         tried |= {f"smoothed, {one}": value for one, value in damage.items()}
         if damage[name] < tried[how]:
             work, numbers, how = other, theirs, f"smoothed, {name}"

@@ -9,7 +9,10 @@ then take up the mean error that is left (Nagel et al. 2019, arXiv:1906.04721, s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
@@ -25,22 +28,33 @@ from edgekd.quantize.writing import Codes, Numbers
 _COLUMNS = 2304  # a larger matrix is rounded to the nearest: its H does not fit into a small machine
 _MEMORY = 256 * 2**20  # bytes of H held at a time
 _ROWS = 4096  # of input patches that a batch contributes to one layer at most
+_PRODUCTS = 4e10  # multiply-accumulates of one layer's H: a second of one core
+_ENOUGH = 4  # patches for each column, whatever they cost
+_BLOCK = 128  # columns whose errors go to those behind the block in one product
 _DAMPING = 0.01  # of the mean diagonal of H, added to it
+Step = Callable[[str, int, int], None]
 
 
 @dataclass
 class _Sums:
     """Of the patches x a layer reads, by group: sum of x x^T (G, K, K), sum of x (G, K), their number."""
 
-    squares: NDArray[np.float64]
+    squares: NDArray[np.float32]
     means: NDArray[np.float64]
     count: int = 0
 
 
 def reconstruct(
-    model: FloatModel, places: Places, numbers: Numbers, batches: Batches, largest: int
+    model: FloatModel,
+    places: Places,
+    numbers: Numbers,
+    batches: Batches,
+    largest: int,
+    calls: int,
+    step: Step,
 ) -> Numbers:
-    """New weight codes and biases for all layers; grids and scales stay."""
+    """New weight codes and biases for all layers; grids and scales stay. `calls`: how many batches there are,
+    over which the patches that a layer needs are spread."""
     values, nodes = model.values, {node.name: node for node in model.model.graph.node}
     weights, floats = dict(numbers.weights), dict(numbers.floats)
     held: list[Operation] = []
@@ -48,9 +62,12 @@ def reconstruct(
         if _groups_of(values[layer.weight], layer, nodes[layer.name]) is not None:
             held.append(layer)
     shared = [layer.weight for layer in places.layers]
+    rounded = 0
     for part in _parts(held, values, nodes):
-        sums = _collect(model, part, numbers, batches, values)
+        sums = _collect(model, part, numbers, batches, calls)
         for layer in part:
+            step("round weights", rounded, len(held))
+            rounded += 1
             node, weight = nodes[layer.name], values[layer.weight]
             old = numbers.weights[layer.weight]
             matrix = weight_matrix(weight, layer).astype(np.float64)
@@ -64,6 +81,7 @@ def reconstruct(
                 lost = matrix - codes * old.scales[:, None].astype(np.float64)
                 shift = _per_group(lost, found.means / max(found.count, 1))
                 floats[bias] = (values[bias] + shift.reshape(values[bias].shape)).astype(np.float32)
+    step("round weights", len(held), len(held))
     return Numbers(numbers.grids, weights, floats)
 
 
@@ -85,7 +103,7 @@ def _parts(
     for layer in layers:
         groups = _groups_of(values[layer.weight], layer, nodes[layer.name]) or 1
         columns = weight_matrix(values[layer.weight], layer).shape[1]
-        size = 8 * groups * columns**2
+        size = 4 * groups * columns**2
         if used + size > _MEMORY and parts[-1]:
             parts.append([])
             used = 0
@@ -95,34 +113,32 @@ def _parts(
 
 
 def _collect(
-    model: FloatModel,
-    layers: list[Operation],
-    numbers: Numbers,
-    batches: Batches,
-    values: dict[str, NDArray[np.float32]],
+    model: FloatModel, layers: list[Operation], numbers: Numbers, batches: Batches, calls: int
 ) -> dict[str, _Sums]:
-    nodes = {node.name: node for node in model.model.graph.node}
+    nodes, values = {node.name: node for node in model.model.graph.node}, model.values
     tensors = sorted({layer.reads[0] for layer in layers})
     session = OnnxRuntimeBackend().open_graph(with_outputs(model.model, tensors).SerializeToString())
-    sums: dict[str, _Sums] = {}
+    sums = {}
+    for layer in layers:
+        groups = _groups_of(values[layer.weight], layer, nodes[layer.name]) or 1
+        columns = weight_matrix(values[layer.weight], layer).shape[1]
+        sums[layer.name] = _Sums(
+            np.zeros((groups, columns, columns), np.float32), np.zeros((groups, columns))
+        )
     draw = np.random.default_rng(0)
     for feeds in batches():
         seen = feeds | session.run(feeds)
         for layer in layers:
-            inputs = _on_grid(seen[layer.reads[0]], numbers.grids[layer.reads[0]])
-            groups = _groups_of(values[layer.weight], layer, nodes[layer.name]) or 1
-            patches = _patches(inputs, values[layer.weight], nodes[layer.name], groups, draw)
-            made = sums.setdefault(
-                layer.name,
-                _Sums(
-                    np.zeros((groups, patches.shape[2], patches.shape[2])),
-                    np.zeros((groups, patches.shape[2])),
-                ),
-            )
-            made.squares += np.matmul(patches.transpose(0, 2, 1), patches)
-            made.means += patches.sum(1)
-            made.count += patches.shape[1]
-        del seen, inputs, patches  # before the next batch is made
+            found = sums[layer.name]
+            groups, columns = found.means.shape
+            wanted = max(_ENOUGH * columns, _PRODUCTS / (groups * columns**2))
+            pick = partial(_some, min(_ROWS, math.ceil(wanted / calls)), draw)
+            patches = _patches(seen[layer.reads[0]], values[layer.weight], nodes[layer.name], groups, pick)
+            patches = _on_grid(patches, numbers.grids[layer.reads[0]])
+            found.squares += np.matmul(patches.transpose(0, 2, 1), patches)
+            found.means += patches.sum(1, dtype=np.float64)
+            found.count += patches.shape[1]
+        del seen, patches  # before the next batch is made
     return sums
 
 
@@ -137,30 +153,31 @@ def _patches(
     weight: NDArray[np.float32],
     node: onnx.NodeProto,
     groups: int,
-    draw: np.random.Generator,
+    pick: Callable[[int], NDArray[np.int64]],
 ) -> NDArray[np.float32]:
-    """(G, patches, K): what each output value of the layer is a product with; at most `_ROWS` of them."""
+    """(G, patches, K): what each output value of the layer is a product with, those that `pick` takes."""
     if node.op_type != "Conv":
         rows = inputs.reshape(-1, inputs.shape[-1])
-        return rows[_some(len(rows), draw)][None]
+        return rows[pick(len(rows))][None]
     spatial = weight.ndim - 2
     stated = {a.name: list(a.ints) for a in node.attribute}
     same = any(a.name == "auto_pad" and a.s.startswith(b"SAME") for a in node.attribute)
     strides, dilations = stated.get("strides", [1] * spatial), stated.get("dilations", [1] * spatial)
     reach = [dilations[i] * (weight.shape[2 + i] - 1) + 1 for i in range(spatial)]
     pads = stated.get("pads", [(r - 1) // 2 if same else 0 for r in reach] * 2)
-    padded = np.pad(inputs, [(0, 0), (0, 0), *((pads[i], pads[i + spatial]) for i in range(spatial))])
+    wide = [(0, 0), (0, 0), *((pads[i], pads[i + spatial]) for i in range(spatial))]
+    padded = np.pad(inputs, wide) if any(pads) else inputs
     windows = np.lib.stride_tricks.sliding_window_view(padded, reach, tuple(range(2, 2 + spatial)))
     steps = tuple(slice(None, None, size) for size in (1, 1, *strides, *dilations))
     stepped = windows[steps]
     outs = (stepped.shape[0], *stepped.shape[2 : 2 + spatial])
-    places = np.unravel_index(_some(int(np.prod(outs)), draw), outs)
+    places = np.unravel_index(pick(int(np.prod(outs))), outs)
     taken = np.moveaxis(stepped, 1, spatial + 1)[tuple(places)]  # (patches, C, k...)
     return taken.reshape(len(taken), groups, -1).transpose(1, 0, 2)
 
 
-def _some(count: int, draw: np.random.Generator) -> NDArray[np.int64]:
-    return np.arange(count) if count <= _ROWS else np.sort(draw.choice(count, _ROWS, replace=False))
+def _some(most: int, draw: np.random.Generator, count: int) -> NDArray[np.int64]:
+    return np.arange(count) if count <= most else np.sort(draw.choice(count, most, replace=False))
 
 
 def _per_group(matrix: NDArray[np.float64], vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,22 +202,28 @@ def _rounded(
 
 
 def _round_columns(
-    weights: NDArray[np.float64], scales: NDArray[np.float64], squares: NDArray[np.float64], largest: int
+    weights: NDArray[np.float64], scales: NDArray[np.float64], squares: NDArray[np.float32], largest: int
 ) -> NDArray[np.float64]:
     """GPTQ: column q of `weights` is rounded, and its error e goes to the columns after it by
-    ``w_j -= e * U[q, j] / U[q, q]``, U the upper Cholesky factor of the inverse of H."""
-    left = weights.copy()
-    diagonal = np.diag(squares).copy()
-    dead = diagonal == 0
-    damped = squares + np.diag(np.where(dead, 1.0, _DAMPING * max(float(diagonal.mean()), 1e-12)))
+    ``w_j -= e * U[q, j] / U[q, q]``, U the upper Cholesky factor of the inverse of H. The columns behind a
+    block of them get its errors in one product (step 2 there, lazy batch-updates)."""
+    damped = squares.astype(np.float64)
+    diagonal = np.diag(damped).copy()
+    damped[np.diag_indices_from(damped)] += np.where(
+        diagonal == 0, 1.0, _DAMPING * max(float(diagonal.mean()), 1e-12)
+    )
     order = np.argsort(-diagonal, kind="stable")  # the loudest inputs first
     upper = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
-    left = left[:, order]
+    left = np.ascontiguousarray(weights[:, order].T)  # a row for each column
     codes = np.empty_like(left)
-    for q in range(left.shape[1]):
-        codes[:, q] = np.clip(np.round(left[:, q] / scales), -largest - 1, largest)
-        error = (left[:, q] - codes[:, q] * scales) / upper[q, q]
-        left[:, q + 1 :] -= np.outer(error, upper[q, q + 1 :])
+    for start in range(0, len(left), _BLOCK):
+        end = min(start + _BLOCK, len(left))
+        errors = np.empty((end - start, left.shape[1]))
+        for q in range(start, end):
+            codes[q] = np.clip(np.round(left[q] / scales), -largest - 1, largest)
+            errors[q - start] = (left[q] - codes[q] * scales) / upper[q, q]
+            left[q + 1 : end] -= upper[q, q + 1 : end, None] * errors[q - start]
+        left[end:] -= upper[start:end, end:].T @ errors
     back = np.empty_like(codes)
-    back[:, order] = codes
-    return back
+    back[order] = codes
+    return back.T

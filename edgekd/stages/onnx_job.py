@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,17 +62,24 @@ class Job:
         at, small."""
         return self.model.batch or max(1, min(_BATCH, _ACTIVATIONS // max(activation_bytes(self.model), 1)))
 
-    def batches(self, rows: NDArray[np.int64]) -> Iterator[Feeds]:
-        """The inputs of these rows; a file with a fixed batch gets exactly so many samples a call."""
+    def batches(self, rows: NDArray[np.int64], what: str = "") -> Iterator[Feeds]:
+        """The inputs of these rows; a file with a fixed batch gets exactly so many samples a call. `what`
+        names a progress bar."""
         if not self.samples.whole_calls and self.model.batch:
             rows = rows[: len(rows) // self.model.batch * self.model.batch]
-        yield from self.samples.batches(rows, self.batch_size)
+        calls = len(rows) if self.samples.whole_calls else math.ceil(len(rows) / self.batch_size)
+        for done, feeds in enumerate(self.samples.batches(rows, self.batch_size)):
+            if what:
+                self.reporter.step(what, done, calls)
+            yield feeds
+        if what:
+            self.reporter.step(what, calls, calls)
 
-    def outputs(self, model: onnx.ModelProto, rows: NDArray[np.int64]) -> Array:
-        """The first output on ONNX Runtime, optimised, of these rows."""
+    def outputs(self, model: onnx.ModelProto, rows: NDArray[np.int64], what: str = "") -> Array:
+        """The first output on ONNX Runtime, optimised, of these rows; `what` as in `batches`."""
         session = OnnxRuntimeBackend().open_graph(model.SerializeToString(), optimize=True)
         first = self.model.outputs[0].name
-        return np.concatenate([session.run(feeds)[first] for feeds in self.batches(rows)])
+        return np.concatenate([session.run(feeds)[first] for feeds in self.batches(rows, what)])
 
     def outputs_on(self, path: Path, runtime: str, precision: str, rows: NDArray[np.int64]) -> Array:
         """The first output of a file on a runtime.
@@ -183,7 +191,8 @@ class Job:
             DataError: it is not finite, or no float tensor.
         """
         found = {
-            name: self.outputs(self.model.model, getattr(self.parts, name)) for name in ("choice", "report")
+            name: self.outputs(self.model.model, getattr(self.parts, name), "float outputs")
+            for name in ("choice", "report")
         }
         for made in found.values():
             if made.dtype != np.float32 or not np.isfinite(made).all():

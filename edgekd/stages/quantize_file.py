@@ -13,8 +13,10 @@ import onnx
 from edgekd.backends import Coverage, backend
 from edgekd.errors import BackendError, MissingExtraError, UnsupportedModelError
 from edgekd.files import write_bytes, write_json, write_text
+from edgekd.memory import give_back
 from edgekd.profiler import Protocol, Variant, environment, measure
 from edgekd.quantize.engines import engine_names, run_engine
+from edgekd.quantize.observe import Calibration
 from edgekd.quantize.onnx_file import load_float
 from edgekd.quantize.post_training import Judges, Quantized, quantize_graph, with_floats
 from edgekd.quantize.quality import DEFAULT_DROP
@@ -71,6 +73,7 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
     failed: dict[str, str] = {}
     if wanted.compare_engines:
         candidates += _engines(job, candidates, failed)
+    made, candidates = _in_files(made, candidates)
     rows = _measure(job, wanted, candidates)
     parity = _parity(job, candidates)
     if told := overflows(parity):
@@ -138,13 +141,14 @@ def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]
         job.reporter.say(f"  the card says that int8 does not pay: {wanted.target.quant.source}")
         return []
     made: list[Quantized] = []
+    calibration = Calibration(lambda: job.batches(job.parts.calibration, "calibrate"))
     for one in _schemes(scheme, wanted.target):
         judges = _judges(job, one.dialect)
         job.reporter.say(f"  {one.dialect}: divergence from float by calibrator")
         made += quantize_graph(
             job.model,
             one,
-            lambda: job.batches(job.parts.calibration),
+            calibration,
             judges,
             limit,
             calibrators=wanted.calibrators,
@@ -215,6 +219,14 @@ def _candidates(job: Job, wanted: Wanted, made: list[Quantized]) -> list[Candida
         _save(write_weight_only(job.model, wanted.weights_only), path)
         found += [Candidate(f"{name}-w{wanted.weights_only}", path.stem, path, name) for name, _ in here]
     return found
+
+
+def _in_files(made: list[Quantized], candidates: list[Candidate]) -> tuple[list[Quantized], list[Candidate]]:
+    """Both without graphs and numbers, which lie in files: what measures needs the memory."""
+    light = {id(one): replace(one, model=onnx.ModelProto(), work=None, numbers=None) for one in made}
+    return list(light.values()), [
+        replace(one, made=light[id(one.made)]) if one.made is not None else one for one in candidates
+    ]
 
 
 def _engines(job: Job, ours: list[Candidate], failed: dict[str, str]) -> list[Candidate]:
@@ -307,6 +319,7 @@ def _time(job: Job, wanted: Wanted, candidates: list[Candidate], rows: dict[str,
     if not candidates:
         return
     feeds = next(iter(job.samples.batches(job.parts.report, job.model.batch or 1)))
+    give_back()  # before a process with all candidates starts
     path = job.folder / "latency" / "inputs.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **feeds)  # type: ignore[arg-type] # numpy's stub takes the names for its own options

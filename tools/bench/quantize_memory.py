@@ -4,7 +4,8 @@
 
 Builds ResNet-50 (He et al. 2016, arXiv:1512.03385, table 1) with random weights, and a folder of JPEG images
 of noise, of which a few are drawn and the rest are links to them; runs the command in a process of its own
-and prints the largest resident set of that process, and of the processes that it starts to measure in.
+and reads ten times a second what that process and those that it starts hold together (proportional set size:
+pages that they share count once). Prints the peak, and seconds and peak of each phase.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +31,19 @@ from edgekd.quantize.capture import capture
 from edgekd.spec import ModelSpec, Preprocessing
 
 _CHILD = """
-import json, resource, sys
+import sys
 from edgekd.cli import cli
-try:
-    cli(sys.argv[1:], standalone_mode=False)
-finally:
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    print(json.dumps([resource.getrusage(who).ru_maxrss / 1024 for who in whose]), file=sys.stderr)
+from edgekd.console import Console
+
+told = Console.step
+def step(self, what, *rest):  # the phase goes to the parent
+    with open(sys.argv[1], "w") as file:
+        file.write(what)
+    told(self, what, *rest)
+Console.step = step
+cli(sys.argv[2:], standalone_mode=False)
 """
+_PERIOD_S = 0.1
 
 
 class _Bottleneck(nn.Module):
@@ -91,6 +98,56 @@ def prepare(folder: Path, size: int, images: int) -> tuple[Path, Path]:
     return path, pictures
 
 
+def held_mib(process: int) -> float:
+    """What a process and all that it started hold together."""
+    total = 0.0
+    for one in (process, *_children(process)):
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return total
+
+
+def _children(process: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            found += [int(one) for one in task.read_text().split()]
+        except OSError:
+            continue
+    return found + [below for one in found for below in _children(one)]
+
+
+@dataclass
+class Phase:
+    """Seconds in it, and the most memory held."""
+
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+
+
+def watch(command: list[str], folder: Path) -> tuple[int, str, dict[str, Phase]]:
+    """Exit code, standard error and phases of the command, which are named by its progress bars; "read" is
+    before the first."""
+    note, errors, phases = folder / "phase", folder / "stderr", {"read": Phase()}
+    note.write_text("")
+    with errors.open("w") as told:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(note), *command], stdout=subprocess.DEVNULL, stderr=told
+        )
+        before = time.time()
+        while process.poll() is None:
+            time.sleep(_PERIOD_S)
+            phase = phases.setdefault(note.read_text() or "read", Phase())
+            phase.peak_mib = max(phase.peak_mib, held_mib(process.pid))
+            now = time.time()
+            phase.seconds += now - before
+            before = now
+    return process.returncode, errors.read_text(), phases
+
+
 def main() -> None:
     """Print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -106,19 +163,16 @@ def main() -> None:
         command = ["quantize", str(model), "--target", arguments.target, "--data", str(pictures)]
         command += ["--out", str(folder / "out"), "--max-drop", "100"]
         command += ["--set", f"quantize.calibration_images={arguments.calibration_images}", *arguments.more]
-        started = time.time()
-        done = subprocess.run([sys.executable, "-c", _CHILD, *command], stderr=subprocess.PIPE, check=False)
-        told = done.stderr.decode()
-        if done.returncode:
+        code, told, phases = watch(command, folder)
+        if code:
             sys.exit(told)
         record = json.loads((folder / "out" / "quantize.json").read_text())
-        print(json.dumps({
-            "peak_mib": json.loads(told.splitlines()[-1]),
-            "calibration": record["calibration"],
-            "chosen": record["chosen"],
-            "seconds": round(time.time() - started),
-            "load": round(os.getloadavg()[0], 1),
-        }))  # fmt: skip
+        print(told)
+        print(json.dumps({"calibration": record["calibration"], "load": round(os.getloadavg()[0], 1)}))
+        print("\n| phase | s | MiB at most |\n|---|---|---|")
+        whole = Phase(sum(p.seconds for p in phases.values()), max(p.peak_mib for p in phases.values()))
+        for name, phase in (*phases.items(), ("whole command", whole)):
+            print(f"| {name} | {phase.seconds:.0f} | {phase.peak_mib:,.0f} |")
 
 
 if __name__ == "__main__":
