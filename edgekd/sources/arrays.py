@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgekd.errors import DataError
 from edgekd.sources.dataset import (
+    WITHOUT_LABELS,
     Dataset,
     Part,
     Request,
@@ -86,7 +87,10 @@ def from_mapping(
         )
     needed = keys if keys[2] in arrays or keys[3] in arrays else keys[:2]
     if absent := [key for key in needed if key not in arrays]:
-        raise DataError(f"{where}: missing array(s): {', '.join(absent)}; it holds: {', '.join(arrays)}")
+        raise DataError(
+            f"{where}: missing array(s): {', '.join(absent)}; it holds: {', '.join(arrays)}",
+            WITHOUT_LABELS if keys[1] in absent else "",
+        )
     names = classes or _class_names(arrays, [arrays[key] for key in needed[1::2]], where)
     images = adapt_array(checked_images(arrays[keys[0]], f"{where}: {keys[0]}"), request)
     labels = checked_labels(arrays[keys[1]], len(images), names, f"{where}: {keys[1]}")

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from edgekd.errors import DataError
 from edgekd.recipe import DataRecipe
 
+WITHOUT_LABELS = (
+    "images without labels are --set data.unlabeled=PATH, beside some that have them; edgekd label lets a "
+    "teacher name their classes"
+)
+
 
 @dataclass(frozen=True)
 class Dataset:

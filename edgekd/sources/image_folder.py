@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.errors import DataError
-from edgekd.sources.dataset import Dataset, Request, check_dataset, stratified_split
+from edgekd.sources.dataset import WITHOUT_LABELS, Dataset, Request, check_dataset, stratified_split
 from edgekd.sources.decode import Sample, decode_parts
 
 SUFFIXES = (
@@ -67,7 +67,8 @@ def _samples(folder: Path) -> tuple[tuple[str, ...], list[Sample]]:
     if len(folders) < 2:
         found = f"one class only: {folders[0].name}" if folders else "no class folder"
         raise DataError(
-            f"{folder}: {found}", "put the images of each class into a folder named after the class"
+            f"{folder}: {found}",
+            f"put the images of each class into a folder named after the class; {WITHOUT_LABELS}",
         )
     samples: list[Sample] = []
     for label, class_folder in enumerate(folders):

@@ -196,7 +196,7 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(empty, "no class folder")
+    refused(empty, "no class folder", "data.unlabeled")
     refused(_folder(tmp_path / "one", ("",), ("cat",)), "one class only: cat")
     refused(_folder(tmp_path / "one-in-part", ("train", "val"), ("cat",)), "one class only: cat")
     hollow = _folder(tmp_path / "hollow")

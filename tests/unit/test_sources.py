@@ -166,7 +166,7 @@ def test_bad_arrays_are_refused(case: str, tmp_path: Path) -> None:
     [
         ({"pictures": GOOD["Xt"]}, ("no training images; it holds: pictures", "x_train")),
         ({}, ("it holds: nothing",)),
-        ({"Xt": GOOD["Xt"]}, ("missing array(s): Yt",)),
+        ({"Xt": GOOD["Xt"]}, ("missing array(s): Yt", "edgekd label")),
         ({"Xt": GOOD["Xt"], "Yt": GOOD["Yt"], "Xe": GOOD["Xe"]}, ("missing array(s): Ye",)),
         ({"Xt": GOOD["Xt"], "Yt": GOOD["Yt"], "Ye": GOOD["Ye"]}, ("missing array(s): Xe",)),
         ({"Xt": GOOD["Xt"], "Yt": np.array([0, 0, 0, 0, 0, 1])}, ("one image only of class '1'",)),

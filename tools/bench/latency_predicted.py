@@ -6,7 +6,7 @@ For each space, runtime and precision: what `edgekd targets calibrate` finds. St
 written with fresh weights (int8: quantized on random images); their layers are measured one by one, in turns
 with the students; a line is fitted on ten and judged on the others. A JSON line each: the agreement with
 networks that the line was not fitted on, and of the plain sum of layers, which a search without calibration
-uses, on the same ones.
+uses, on the same ones. With `--keep FOLDER` networks and tables stay there, and an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,17 @@ def main() -> None:
     parser.add_argument("--students", type=int, default=30)
     parser.add_argument("--image-size", type=int, default=28)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--keep", type=Path, help="for networks and tables; by default a folder that is deleted"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     target, side = find_target(arguments.target), arguments.image_size
     spec = ModelSpec(Preprocessing(side, side, "grey", (0.3,), (0.35,)), tuple("abcdefghij"))
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
+    with tempfile.TemporaryDirectory() if arguments.keep is None else nullcontext(arguments.keep) as folder:
+        os.environ["XDG_CACHE_HOME"] = str(folder)
+        networks = Path(folder) / f"{side}-{arguments.seed}"  # what their names do not tell
+        networks.mkdir(parents=True, exist_ok=True)
         for space in arguments.spaces:
             for precision in arguments.precisions:
                 for runtime in arguments.runtimes:
@@ -79,7 +85,7 @@ def main() -> None:
                     own = msgspec.structs.replace(target, compute=(unit, *target.compute[1:]))
                     count, seed = arguments.students, arguments.seed
                     wanted = Wanted(space, spec, precision, count, count, seed)
-                    print(json.dumps(row(own, wanted, Path(folder))), flush=True)
+                    print(json.dumps(row(own, wanted, networks)), flush=True)
 
 
 if __name__ == "__main__":
