@@ -56,6 +56,12 @@ def test_the_same_seed_walks_the_same_path() -> None:
     assert genomes(run()) != genomes(run(seed=1))
 
 
+@pytest.mark.parametrize("algorithm", ["nsga2", "aging"])
+def test_a_space_of_one_student_has_it_found(algorithm: str) -> None:
+    found = run(choices=(1, 1, 1, 1, 1), algorithm=algorithm)
+    assert (genomes(found), found.chosen, found.front) == ([(0, 0, 0, 0, 0)], 0, (0,))
+
+
 def test_the_smallest_a_middling_and_the_largest_come_first() -> None:
     first = genomes(run())[:3]
     assert first[0] == (0,) * 5
