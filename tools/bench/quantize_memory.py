@@ -4,7 +4,7 @@
 
 Builds ResNet-50 (He et al. 2016, arXiv:1512.03385, table 1) with random weights, and a folder of JPEG images
 of noise, of which a few are drawn and the rest are links to them; runs the command in a process of its own
-and reads ten times a second what that process and those that it starts hold together (proportional set size:
+and reads four times a second what that process and those that it starts hold together (proportional set size:
 pages that they share count once). Prints the peak, and seconds and peak of each phase.
 """
 
@@ -43,7 +43,7 @@ def step(self, what, *rest):  # the phase goes to the parent
 Console.step = step
 cli(sys.argv[2:], standalone_mode=False)
 """
-_PERIOD_S = 0.1
+_PERIOD_S = 0.25
 
 
 class _Bottleneck(nn.Module):
