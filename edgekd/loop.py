@@ -94,10 +94,9 @@ class Loop:
         self._online = stage.teacher if isinstance(stage.teacher, nn.Module) else None
         if self._online is not None:
             stage.plan.place(self._online).eval().requires_grad_(requires_grad=False)
-        trained = (*stage.model.parameters(), *self.distillers.parameters())
         self.optimizer = make_optimizer(
-            trained, stage.optimizer, stage.learning_rate, stage.weight_decay, stage.plan.device,
-            decay_all=stage.decay_all,
+            (stage.model, self.distillers), stage.optimizer, stage.learning_rate, stage.weight_decay,
+            stage.plan.device, decay_all=stage.decay_all,
         )  # fmt: skip
         self._allocate()
         self.history = self._restore()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-Kind = Literal["adamw", "sgd"]
+from edgekd.muon import Muon
+
+Kind = Literal["adamw", "muon", "sgd"]
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter],
+    modules: Sequence[nn.Module],
     kind: Kind,
     learning_rate: float,
     weight_decay: float,
@@ -21,20 +23,33 @@ def make_optimizer(
     *,
     decay_all: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum 0.9; no weight decay on biases, batch norm and quantizer scales
+    """AdamW, Muon, or SGD with momentum 0.9; no weight decay on biases, batch norm and quantizer scales
     (everything with one dimension) unless `decay_all`. The rate is a tensor, so that a captured step can
     read a new one."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    matrices = [p for p in trained if decay_all or p.dim() > 1]
-    vectors = [p for p in trained if not (decay_all or p.dim() > 1)]
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    mixing: set[Tensor] = _mixing(modules) if kind == "muon" else set()
+    kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in trained:
+        decay = weight_decay if decay_all or parameter.dim() > 1 else 0.0
+        kinds.setdefault((decay, parameter in mixing), []).append(parameter)
     groups: list[dict[str, Any]] = []
-    for members, decay in ((matrices, weight_decay), (vectors, 0.0)):
+    for (decay, orthogonal), members in kinds.items():
         rate = torch.tensor(learning_rate, device=device)
         groups.append({"params": members, "weight_decay": decay, "peak": learning_rate, "lr": rate})
-    groups = [group for group in groups if group["params"]]
+        if orthogonal:
+            groups[-1]["orthogonal"] = True
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, fused=True)
+    if kind == "muon":
+        return Muon(groups, capturable=device != "cpu")
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True, capturable=device != "cpu")
+
+
+def _mixing(modules: Sequence[nn.Module]) -> set[Tensor]:
+    """Weights of dense convolutions."""
+    layers = [layer for module in modules for layer in module.modules()]
+    found = [layer.weight for layer in layers if isinstance(layer, (nn.Conv1d, nn.Conv2d))]
+    return {weight for weight in found if min(weight.shape[:2]) > 1}
 
 
 def rate_share(share: float, warmup: float, milestones: tuple[float, ...] = ()) -> float:

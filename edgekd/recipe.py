@@ -110,7 +110,7 @@ class DistillRecipe(_Strict, frozen=True):
     options: dict[str, dict[str, Any]] = {}
     epochs: _Count = 28
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 128
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: _Positive = 1e-2
     milestones: tuple[_Share, ...] = ()
     weight_decay: _NonNegative = 0.2

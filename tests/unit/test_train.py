@@ -279,12 +279,10 @@ def test_progress_counts_all_steps() -> None:
 
 
 def test_weight_decay_spares_vectors() -> None:
-    for group in make_optimizer(model().parameters(), "adamw", 1e-2, 1e-2, "cpu").param_groups:
+    for group in make_optimizer([model()], "adamw", 1e-2, 1e-2, "cpu").param_groups:
         for parameter in group["params"]:
             assert (parameter.dim() > 1) == (group["weight_decay"] > 0)
-    (everything,) = make_optimizer(
-        model().parameters(), "sgd", 1e-2, 1e-2, "cpu", decay_all=True
-    ).param_groups
+    (everything,) = make_optimizer([model()], "sgd", 1e-2, 1e-2, "cpu", decay_all=True).param_groups
     assert everything["weight_decay"] == 1e-2
     assert len(everything["params"]) == len(list(model().parameters()))
 
@@ -555,9 +553,10 @@ def test_milestones_cut_the_rate() -> None:
     assert rates == pytest.approx([1, 1, 0.1, 0.01])
 
 
-def test_sgd_learns_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_other_optimisers_learn_and_resume(optimizer: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
-        "optimizer": "sgd", "learning_rate": 0.005, "ema_decay": 0.0, "views": views(augment="none"),
+        "optimizer": optimizer, "learning_rate": 0.005, "ema_decay": 0.0, "views": views(augment="none"),
     }  # fmt: skip
     straight = stage(**changes)
     history = fit(straight, nothing)
@@ -583,7 +582,7 @@ class _NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_a_step_never_waits_for_the_device(augment: str, optimizer: str) -> None:
     loop = Loop(stage(views=views(2, augment), optimizer=optimizer))
     loop.open_epoch(0)

@@ -36,7 +36,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgekd.distillers import Setting, methods
-from edgekd.nets import Outputs
+from edgekd.nets import Outputs, count_parameters
+from edgekd.optimizer import Kind
 from edgekd.plan import Plan
 from edgekd.spec import Preprocessing
 from edgekd.taps import Tapped, find_layout
@@ -120,6 +121,9 @@ class Job:
     decay_all: bool = False
     bfloat16: bool = True
     init: str = "torch"
+    optimizer: Kind = "sgd"
+    learning_rate: float = 0.05
+    weight_decay: float = 5e-4
 
 
 @dataclass
@@ -163,7 +167,7 @@ class Bench:
         with torch.no_grad():
             theirs = teacher.eval()(example) if teacher is not None else Outputs(torch.zeros(2, 100))
             for part in parts:
-                model = part.wrap(model, model.eval()(example), network)
+                model = part.wrap(model, model.eval()(example), teacher)
             ours = model.eval()(example)
         for part in parts:
             part.build(ours, theirs, Setting(len(self.data.labels), 100, self.data.labels, seed))
@@ -176,20 +180,25 @@ class Bench:
             distillers=parts,
             epochs=self.epochs,
             batch_size=self.batch_size,
-            learning_rate=0.05,
-            weight_decay=5e-4,
+            learning_rate=job.learning_rate,
+            weight_decay=job.weight_decay,
             ema_decay=job.ema_decay,
             seed=seed,
             plan=replace(self.plan, bfloat16=self.plan.bfloat16 and job.bfloat16),
-            optimizer="sgd",
+            optimizer=job.optimizer,
             decay_all=job.decay_all,
             milestones=MILESTONES if job.schedule == "step" else (),
         )
 
+    def deployed(self, stage: Stage) -> nn.Module:
+        """The network that would be exported."""
+        network: nn.Module = stage.model.deploy()  # type: ignore[operator]
+        return network
+
     def accuracies(self, stage: Stage) -> dict[str, float]:
         """Top-1 of the exported student in percent, on the test images as they are, and compressed as the
         training images were."""
-        network: nn.Module = stage.model.deploy().to(self.plan.device)  # type: ignore[operator]
+        network = self.deployed(stage).to(self.plan.device)
         kinds = {"accuracy": self.data.test_images, "accuracy_q95": as_training(self.data.test_images)}
         logits = {kind: evaluate(network, normalise(x, PREPROCESSING), 1000) for kind, x in kinds.items()}
         right = {kind: made.argmax(1) == self.data.test_labels for kind, made in logits.items()}
@@ -210,11 +219,11 @@ def train_all(bench: Bench, jobs: list[Job], out: Path | None) -> None:
     seconds = time.perf_counter() - begin
     for job, stage, history in zip(jobs, stages, histories, strict=True):
         row = asdict(job) | {
-            "epochs": bench.epochs, "images": len(bench.data.labels),
+            "epochs": bench.epochs, "batch_size": bench.batch_size, "images": len(bench.data.labels),
             **bench.accuracies(stage),
             "last_loss": round(history[-1]["loss"], 4), "seconds_together": round(seconds, 1),
             "ms_a_step_together": round(1e3 * history[-1]["seconds"] / stage.steps_per_epoch, 3),
-            "runs_together": len(jobs),
+            "runs_together": len(jobs), "parameters": count_parameters(bench.deployed(stage)),
         }  # fmt: skip
         print(json.dumps(row), flush=True)
         if out is not None:
@@ -267,6 +276,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=240)
     parser.add_argument("--together", type=int, default=6, help="runs side by side on the device")
     parser.add_argument("--jobs", type=Path, help="JSON lines, instead of --pair, --methods and --seeds")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--hold-out", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--speed", action="store_true")
@@ -275,7 +285,7 @@ def main() -> None:
     data = Cifar100.load(arguments.data, arguments.hold_out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = Plan(bfloat16=True, device=device, graphed=device == "cuda", compiled=arguments.compile)
-    bench = Bench(data, arguments.models, arguments.epochs, plan)
+    bench = Bench(data, arguments.models, arguments.epochs, plan, arguments.batch_size)
     options = json.loads(arguments.options)
     if arguments.jobs is not None:
         lines = arguments.jobs.read_text().splitlines()

@@ -3,11 +3,11 @@
     python tools/bench/search_vs_random.py --run runs/jetson --random 5 --epochs 15 --seeds 0 1 2
 
 The run's folder must hold a finished search; one with `search.refine` has two students of its own. Rivals:
-the candidates of its search with the most multiply-accumulates and with the most parameters within the
-budget, random students drawn uniformly from the same space that meet the budget and are within 10 % of the
-chosen student's predicted latency, and the widest MobileNetV2 that meets the budget. Prints a line per
-training as it ends, then a table with 95 % t intervals over the seeds and a JSON line. On a CUDA device all
-train side by side.
+what further searches chose (`--also`, for instance with another score), the candidates of its search with
+the most multiply-accumulates and with the most parameters within the budget, random students drawn uniformly
+from the same space that meet the budget and are within 10 % of the chosen student's predicted latency, and
+the widest MobileNetV2 that meets the budget. Prints a line per training as it ends, then a table with 95 % t
+intervals over the seeds and a JSON line. On a CUDA device all train side by side.
 """
 
 from __future__ import annotations
@@ -70,8 +70,11 @@ Job = tuple[Student, int]  # and a seed
 class Rivals:
     """Who competes, under the budget of a finished search."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, others: list[Path]) -> None:
+        """`others`: folders of further searches under the same budget."""
         self.bench, self._found = bench, bench.run.record["metrics"]["search"]
+        records = [json.loads((folder / "record.json").read_text()) for folder in others]
+        self._others = [record["metrics"]["search"] for record in records]
         budget = self._found["budget"]
         names = ("latency_ms", "size_mib", "macs", "memory_mib")
         self._limits = Limits(*(budget[f"max_{name}"] for name in names))
@@ -88,13 +91,16 @@ class Rivals:
         for name, key in named.items():
             genome = tuple(rows[self._found[key]]["genome"])
             students.append(Student(name, space, self._costed(space, genome, model)))
-        wanted = students[0].candidate.latency_ms
-        rng = np.random.default_rng(seed)
-        while len(students) < len(named) + random:
-            genome = tuple(int(rng.integers(options)) for options in space.choices)
-            drawn = Student(
-                f"random {len(students) - len(named) + 1}", space, self._costed(space, genome, model)
+        for other in self._others:
+            genome = tuple(other["candidates"][other["chosen"]]["genome"])
+            students.append(
+                Student(f"searched by {other['score']}", space, self._costed(space, genome, model))
             )
+        wanted, first = students[0].candidate.latency_ms, len(students)
+        rng = np.random.default_rng(seed)
+        while len(students) < first + random:
+            genome = tuple(int(rng.integers(options)) for options in space.choices)
+            drawn = Student(f"random {len(students) - first + 1}", space, self._costed(space, genome, model))
             if wanted is None or drawn.candidate.latency_ms is None:
                 raise SystemExit("the target's card predicts no latency: rivals cannot be matched")
             near = abs(drawn.candidate.latency_ms / wanted - 1) <= _NEAR
@@ -198,12 +204,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], help="runs whose chosen students compete too"
+    )
     parser.add_argument("--done", type=Path, help="JSON lines of finished trainings, read and added to")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.run / "recipe.toml", {"threads": arguments.threads})
     bench = Bench(Run(arguments.run, recipe, find_target(recipe.target), Silent()))
     begin = time.perf_counter()
-    students = Rivals(bench).all(arguments.random, recipe.seed)
+    students = Rivals(bench, arguments.also).all(arguments.random, recipe.seed)
     made = read_done(arguments.done)
     different = {student.key: student for student in students}.values()
     jobs = [(s, seed) for s in different for seed in arguments.seeds if (s.key, seed) not in made]

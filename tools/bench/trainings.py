@@ -23,6 +23,7 @@ from msgspec.structs import replace as with_fields
 from torch import Tensor, nn
 
 from edgekd import export
+from edgekd.logit_store import LogitStore
 from edgekd.nets import count_macs, count_parameters
 from edgekd.plan import Plan, probe
 from edgekd.quantize.capture import capture
@@ -103,6 +104,16 @@ class Course:
             self.taught.of(view)
         return time.process_time() - begin
 
+    @cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory()
+
+    def _kept(self, teachers: Sequence[Teacher], views: Views) -> LogitStore:
+        """Trainings side by side have views of their own, and share what the teacher says of them."""
+        depends_on: list[object] = [teacher.sha256 for teacher in teachers]
+        depends_on.append(views.digest())
+        return LogitStore(Path(self._folder.name), "logits", depends_on, print, writes=True)
+
     def untrained(self, seed: int) -> nn.Module:
         """The student with the first weights of this seed."""
         with torch.random.fork_rng(devices=[]):
@@ -122,7 +133,8 @@ class Course:
             taught = Taught(views, self.labels, None)
             return stage_of(job.name, recipe, Lesson(student, ()), taught, job.seed, plan), lambda: student
         recipe = with_fields(recipe, method=job.method, options=job.options)
-        room = Classroom(recipe, self.teacher, self.spec, self.labels, job.seed, mixes=False)
+        keep = None if plan.device == "cpu" else self._kept
+        room = Classroom(recipe, self.teacher, self.spec, self.labels, job.seed, mixes=False, keep=keep)
         lesson = prepare(room, student)
         teacher = teacher_for(room, lesson, views, plan)
         if isinstance(teacher, CachedTeacher) and plan.device == "cpu":
