@@ -243,30 +243,43 @@ def sum_of_layers(entries: Mapping[str, float], layers: Iterable[LayerShape]) ->
 
 @dataclass(frozen=True)
 class Line:
-    """From layers measured alone to a network: ``t = offset + slope * sum - border V + weight W``.
+    """From layers measured alone to a network:
+    ``t = offset + slope * sum - border V + weight W + attention * sum of attention``.
 
     V: values that its layers read and write, whose change of layout a layer alone pays for and a network does
-    not; W: its parameters, which a layer alone finds in the nearest cache and a network does not. All
-    coefficients are at least 0; by default it is the sum.
+    not; W: its parameters, which a layer alone finds in the nearest cache and a network does not; attention
+    forces its neighbours in a network to change layouts. All coefficients are at least 0; by default it is
+    the sum.
     """
 
     offset_ms: float = 0.0
     slope: float = 1.0
     border_ms: float = 0.0  # a value
     weight_ms: float = 0.0  # a parameter
+    attention: float = 0.0
 
     @staticmethod
-    def features(total_ms: float, layers: Iterable[LayerShape]) -> tuple[float, float, float, float]:
-        """What `slope`, `offset_ms`, `weight_ms` and `border_ms` are multiplied with, in this order."""
+    def features(
+        entries: Mapping[str, float], layers: Sequence[LayerShape]
+    ) -> tuple[float, float, float, float, float]:
+        """What `slope`, `offset_ms`, `weight_ms`, `border_ms` and `attention` are multiplied with, in this
+        order."""
         executed = [layer for layer in layers if layer.op != "add"]
         weights = sum(layer.parameters for layer in executed)
-        return total_ms, 1.0, weights, weights - sum(layer.values_moved for layer in executed)
+        moved = sum(layer.values_moved for layer in executed)
+        attention_ms = sum(entries[layer_key(layer)] for layer in executed if layer.op == "attention")
+        return sum_of_layers(entries, layers), 1.0, weights, weights - moved, attention_ms
 
-    def predict(self, total_ms: float, layers: Iterable[LayerShape]) -> float:
+    def predict(self, entries: Mapping[str, float], layers: Sequence[LayerShape]) -> float:
         """Milliseconds of a network; a tenth of the sum at least, far from what the line was fitted on."""
-        coefficients = (self.slope, self.offset_ms, self.weight_ms, self.border_ms)
-        found = sum(a * b for a, b in zip(coefficients, self.features(total_ms, layers), strict=True))
-        return max(found, 0.1 * total_ms)
+        features = self.features(entries, layers)
+        found = sum(a * b for a, b in zip(self.coefficients, features, strict=True))
+        return max(found, 0.1 * features[0])
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float, float]:
+        """In the order of `features`."""
+        return self.slope, self.offset_ms, self.weight_ms, self.border_ms, self.attention
 
 
 def layer_key(layer: LayerShape) -> str:
@@ -345,7 +358,7 @@ class CalibratedTable:
         size, memory = size_mib(layers, self._precision), memory_mib(layers, self._precision)
         if any(layer_key(layer) not in entries for layer in layers if layer.op != "add"):
             return Cost(None, size, memory)
-        return Cost(self._line.predict(sum_of_layers(entries, layers), layers), size, memory)
+        return Cost(self._line.predict(entries, layers), size, memory)
 
     def close(self) -> None:
         """Keep what was measured beside the table."""

@@ -17,7 +17,7 @@ import torch
 
 from edgekd import __version__
 from edgekd.calibrated import Subject, store_table, table_path
-from edgekd.cost import Line, layer_key, sum_of_layers
+from edgekd.cost import Line, layer_key
 from edgekd.errors import DeviceError, UsageError
 from edgekd.files import append_line, sha256_json
 from edgekd.layer_files import codes_of, input_of, one_layer
@@ -246,10 +246,9 @@ def _line(
         for number, shapes in enumerate(whole)
         if f"n{number}" in times and all(shape.op == "add" or layer_key(shape) in entries for shape in shapes)
     }
-    sums = [sum_of_layers(entries, shapes) for shapes in known.values()]
-    features = [Line.features(ms, shapes) for ms, shapes in zip(sums, known.values(), strict=True)]
+    features = [Line.features(entries, shapes) for shapes in known.values()]
     line, validation = _validated(np.array(features), np.array([times[name][turns] for name in known]))
-    return line, validation | {"sums_ms": sums}
+    return line, validation | {"sums_ms": [row[0] for row in features]}
 
 
 def fit(features: Values, measured: Values) -> Line:
@@ -257,21 +256,22 @@ def fit(features: Values, measured: Values) -> Line:
     the best support is found by trying all.
 
     Args:
-        features: (networks, 4), rows of `Line.features`; with few networks only the first ones are used.
+        features: (networks, 5), rows of `Line.features`; with few networks only the first ones are used.
         measured: (networks,), ms.
     """
-    used = max(1, min(features.shape[1], len(measured) // 2))
-    best, least = np.zeros(4), np.inf
+    width = features.shape[1]
+    used = max(1, min(width, len(measured) // 2))
+    best, least = np.zeros(width), np.inf
     for size in range(1, used + 1):
         for support in map(list, itertools.combinations(range(used), size)):
             rows = features[:, support] / measured[:, None]
             found = np.linalg.lstsq(rows, np.ones(len(measured)), rcond=None)[0]
             rest = float(((rows @ found - 1) ** 2).sum())
             if (found >= 0).all() and rest < least:
-                best, least = np.zeros(4), rest
+                best, least = np.zeros(width), rest
                 best[support] = found
-    slope, offset_ms, weight_ms, border_ms = map(float, best)
-    return Line(offset_ms, slope, border_ms, weight_ms)
+    slope, offset_ms, weight_ms, border_ms, attention = map(float, best)
+    return Line(offset_ms, slope, border_ms, weight_ms, attention)
 
 
 def _validated(features: Values, turns: Values) -> tuple[Line, dict[str, Any]]:
@@ -291,7 +291,7 @@ def _validated(features: Values, turns: Values) -> tuple[Line, dict[str, Any]]:
         }
     measured = np.median(turns, axis=1)
     line = fit(features[:_FITTED], measured[:_FITTED])
-    predicted = features @ [line.slope, line.offset_ms, line.weight_ms, line.border_ms]
+    predicted = features @ line.coefficients
     held = slice(_FITTED, None)
     again = [np.median(turns[held, start::2], axis=1) for start in (0, 1)]
     return line, {

@@ -26,28 +26,26 @@ SPEC = ModelSpec(Preprocessing(16, 16, "rgb", (0.5,) * 3, (0.5,) * 3), ("a", "b"
 
 
 def features(count: int) -> Values:
-    """Rows of `Line.features`: sums, ones, parameters, minus values that cross borders."""
+    """Rows of `Line.features`: sums, ones, parameters, minus values that cross borders, of that attention."""
     rng = np.random.default_rng(0)
-    sums, weights, values = (
-        rng.uniform(0.1, 5, count),
-        rng.uniform(1e4, 1e6, count),
-        rng.uniform(1e4, 1e6, count),
-    )
-    return np.stack([sums, np.ones(count), weights, -values], 1)
+    sums = rng.uniform(0.1, 5, count)
+    weights, values = rng.uniform(1e4, 1e6, (2, count))
+    return np.stack([sums, np.ones(count), weights, -values, sums * rng.uniform(0, 0.4, count)], 1)
 
 
 def test_a_line_without_noise_is_found() -> None:
-    rows, exact = features(10), Line(offset_ms=0.2, slope=1.2, border_ms=1e-7, weight_ms=3e-7)
-    measured = rows @ [exact.slope, exact.offset_ms, exact.weight_ms, exact.border_ms]
-    found = fit(rows, measured)
-    assert [found.offset_ms, found.slope, found.border_ms, found.weight_ms] == pytest.approx(
-        [exact.offset_ms, exact.slope, exact.border_ms, exact.weight_ms]
-    )
+    rows, exact = features(10), Line(0.2, slope=1.2, border_ms=1e-7, weight_ms=3e-7, attention=0.5)
+    assert fit(rows, rows @ exact.coefficients).coefficients == pytest.approx(exact.coefficients)
+
+
+def test_without_attention_its_slope_is_zero() -> None:
+    rows, exact = features(10) * [1, 1, 1, 1, 0], Line(0.2, slope=1.2, border_ms=1e-7, weight_ms=3e-7)
+    assert fit(rows, rows @ exact.coefficients).coefficients == pytest.approx(exact.coefficients)
 
 
 def test_a_coefficient_that_would_be_negative_is_left_out() -> None:
     rows = features(10)
-    found = fit(rows, rows @ [1.2, -0.05, 3e-7, 0.0])
+    found = fit(rows, rows @ [1.2, -0.05, 3e-7, 0.0, 0.0])
     assert found.offset_ms == 0.0
     assert min(found.slope, found.weight_ms, found.border_ms) >= 0
     assert found.slope == pytest.approx(1.2, rel=0.15)
@@ -55,8 +53,8 @@ def test_a_coefficient_that_would_be_negative_is_left_out() -> None:
 
 def test_few_networks_fit_few_coefficients() -> None:
     rows = features(4)
-    found = fit(rows, rows @ [1.2, 0.3, 3e-7, 1e-7])
-    assert (found.border_ms, found.weight_ms) == (0.0, 0.0)
+    found = fit(rows, rows @ [1.2, 0.3, 3e-7, 1e-7, 0.1])
+    assert (found.border_ms, found.weight_ms, found.attention) == (0.0, 0.0, 0.0)
 
 
 def test_draws_differ_repeat_and_cover_small_and_large() -> None:

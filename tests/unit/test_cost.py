@@ -189,11 +189,18 @@ def test_an_addition_is_part_of_the_convolution_before_it(engine: _Engine) -> No
 
 def test_a_line_takes_off_borders_and_adds_cold_weights() -> None:
     """The convolution reads and writes 3072 values and has 1168 parameters; an addition counts nothing."""
-    line = Line(offset_ms=0.5, slope=2.0, border_ms=1e-5, weight_ms=1e-4)
+    entries = {"empty": 0.25, layer_key(CONV): 0.75}
+    line = Line(offset_ms=0.5, slope=2.0, border_ms=1e-5, weight_ms=1e-4, attention=3.0)
     exact = 0.5 + 2 * 1.0 - 3072e-5 + 1168e-4
-    assert line.predict(1.0, (CONV, LAYERS["add"])) == pytest.approx(exact)
-    assert Line().predict(1.0, (CONV,)) == 1.0
-    assert Line(border_ms=1.0).predict(1.0, (CONV,)) == pytest.approx(0.1)
+    assert line.predict(entries, (CONV, LAYERS["add"])) == pytest.approx(exact)
+    assert Line().predict(entries, (CONV,)) == 1.0
+    assert Line(border_ms=1.0).predict(entries, (CONV,)) == pytest.approx(0.1)
+
+
+def test_attention_has_a_further_slope_of_its_own() -> None:
+    layer = LAYERS["attention"]
+    entries = {"empty": 0.25, layer_key(CONV): 0.75, layer_key(layer): 0.5}
+    assert Line(attention=0.6).predict(entries, (CONV, layer, layer)) == pytest.approx(2.0 + 0.6 * 1.0)
 
 
 def test_codes_are_those_that_a_target_has_after_a_relu() -> None:
