@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import DataError
 from edgekd.quantize.calibrators import BINS, calibrator
+from edgekd.quantize.onnx_file import element_types
 from edgekd.quantize.places import Places, asymmetric_grid
 from edgekd.quantize.samples import Feeds
 from edgekd.quantize.scheme import Grid, QuantScheme
@@ -72,7 +73,7 @@ def observe(model: onnx.ModelProto, tensors: list[str], batches: Batches) -> dic
                 continue
             first, last = float(values.min()), float(values.max())
             if not np.isfinite((first, last)).all():
-                raise DataError(*_not_finite(model, name, feeds))
+                raise DataError(*not_finite(model, feeds))
             low[name], high[name] = min(low[name], first), max(high[name], last)
         del seen  # before the next batch is made
     reach = {name: max(high[name], low[name] + _NOTHING) for name in tensors}
@@ -95,16 +96,21 @@ def _histogram(values: NDArray[np.float32], low: float, high: float) -> NDArray[
     return np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
 
 
-def _not_finite(model: onnx.ModelProto, tensor: str, feeds: Feeds) -> tuple[str, str]:
+def not_finite(model: onnx.ModelProto, feeds: Feeds) -> tuple[str, str]:
+    """Where NaN or infinity first comes up in a call, and what to do."""
     bad = [
         name for name, values in feeds.items() if values.dtype.kind == "f" and not np.isfinite(values).all()
     ]
     if bad:
         return f"calibration: the input '{bad[0]}' holds NaN or infinity", "clean the samples"
-    node = next((node for node in model.graph.node if tensor in node.output), None)
-    made = f"{node.op_type} '{node.name}'" if node is not None else "the input"
+    types = element_types(model)
+    maker = {name: node for node in model.graph.node for name in node.output}
+    names = [name for name in maker if types.get(name, (0, None))[0] == TensorProto.FLOAT]
+    seen = OnnxRuntimeBackend().open_graph(with_outputs(model, names).SerializeToString()).run(feeds)
+    first = next((name for name in names if not np.isfinite(seen[name]).all()), "")
+    made = f"made by {maker[first].op_type} '{maker[first].name}'" if first else "which one is not known"
     return (
-        f"calibration: the tensor '{tensor}', made by {made}, holds NaN or infinity, in the float model",
+        f"calibration: the tensor '{first}', {made}, holds NaN or infinity, in the float model",
         "check the preprocessing (--mean, --std, --scale) and the model itself",
     )
 

@@ -18,6 +18,7 @@ from edgekd.backends import backend
 from edgekd.backends.onnxruntime import OnnxRuntimeBackend
 from edgekd.errors import BackendError, DataError
 from edgekd.files import read_json, write_bytes, write_json
+from edgekd.quantize.observe import not_finite
 from edgekd.quantize.onnx_file import FloatModel, activation_bytes
 from edgekd.quantize.quality import Kind, Quality, divergence, judge, kind_of_output
 from edgekd.quantize.samples import Feeds, Samples, digest
@@ -194,14 +195,22 @@ class Job:
             name: self.outputs(self.model.model, getattr(self.parts, name), "float outputs")
             for name in ("choice", "report")
         }
-        for made in found.values():
-            if made.dtype != np.float32 or not np.isfinite(made).all():
-                what = f"{made.dtype}" if made.dtype != np.float32 else "NaN or infinity"
+        for name, made in found.items():
+            if made.dtype != np.float32:
                 raise DataError(
-                    f"the float model's output '{self.model.outputs[0].name}' holds {what} on these samples",
-                    "its first output must be float32 and finite; check the preprocessing (--mean, --std)",
+                    f"the float model's output '{self.model.outputs[0].name}' is {made.dtype}",
+                    "its first output must be float32",
                 )
+            if not np.isfinite(made).all():
+                raise DataError(*not_finite(self.model.model, self._first_not_finite(name)))
         return found
+
+    def _first_not_finite(self, part: str) -> Feeds:
+        """The call whose output holds NaN or infinity."""
+        session = OnnxRuntimeBackend().open_graph(self.model.model.SerializeToString(), optimize=True)
+        name = self.model.outputs[0].name
+        calls = self.batches(getattr(self.parts, part))
+        return next(feeds for feeds in calls if not np.isfinite(session.run(feeds)[name]).all())
 
     def labels(self, part: str) -> NDArray[np.int64] | None:
         """Labels of a part, cut to whole calls as `batches` does; None without labels."""

@@ -161,6 +161,22 @@ def test_nan_in_calibration_names_the_operator_that_makes_it(tmp_path: Path) -> 
         PostTraining(model, scheme_for(find_target("x86")), lambda: iter([batch]))
 
 
+@pytest.mark.parametrize(
+    ("bad", "told"), [("network", "made by Log 'log'"), ("samples", "the input 'x' holds")]
+)
+def test_the_command_names_what_makes_nan(tmp_path: Path, bad: str, told: str) -> None:
+    nodes = [
+        helper.make_node("Log" if bad == "network" else "Relu", ["x"], ["r"], "log"),
+        helper.make_node("Conv", ["r", "w"], ["y"], "conv"),
+    ]
+    path = save_model(nodes, {"w": np.ones((2, 3, 1, 1), "f4")}, tmp_path / "m.onnx")
+    samples = np.ones((64, 3, SIZE, SIZE), "f4")
+    samples[40:44] = -1 if bad == "network" else np.nan
+    np.savez(tmp_path / "d.npz", x=samples)
+    with pytest.raises(DataError, match=told):
+        quantize_file(wanted(tmp_path, path, tmp_path / "d.npz"), Silent())
+
+
 # ---------------------------------------------------------------- what comes out
 
 
