@@ -105,6 +105,7 @@ def _leave(bench: Bench, found: Found, metrics: dict[str, Any], kind: str) -> No
         f"  student: {chosen.parameters:,} parameters, {chosen.macs / 1e6:.2f} MMACs, {latency}"
         + (f", {done_ms:.4f} ms measured" if done_ms is not None else "")
         + f"; best of {len(found.candidates)} candidates"
+        + (f", {found.dropped} left out without a finite score" if found.dropped else "")
     )
 
 

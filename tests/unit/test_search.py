@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from edgekd.errors import InfeasibleBudgetError
+from edgekd.recipe import load_recipe
 from edgekd.search import Candidate, Effort, Found, Genome, Limits, choose, front_in_words, search
-from edgekd.stages.search import _stored
+from edgekd.stages.search import _leave, _stored
+from edgekd.target import find_target
 
 CHOICES = (4, 3, 2, 5, 3)
 UNLIMITED = Limits(None, None, None)
@@ -280,6 +282,22 @@ def test_students_without_a_finite_score_are_dropped_and_counted() -> None:
     assert found.dropped == len(without) > 0
     assert all(found.score[index] is None for index in without)
     assert found.chosen not in without
+
+
+def test_the_dropped_are_counted_where_the_student_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    target = find_target("jetson")
+    reporter = SimpleNamespace(say=said.append)
+    bench: Any = SimpleNamespace(
+        run=SimpleNamespace(target=target, folder=tmp_path, reporter=reporter),
+        recipe=load_recipe(None, {}),
+        space=SimpleNamespace(describe=lambda genome: ("one block",)),
+    )
+    for found in (run(lambda genome: candidate(genome, terms={} if genome[1] == 0 else {"a": 1.0})), run()):
+        _leave(bench, found, {"chosen": found.chosen, "latency_measured_ms": None}, "roofline")
+        told = f", {found.dropped} left out without a finite score"
+        assert said[-1].endswith(told if found.dropped else "candidates")
+    assert "left out" in said[0]
 
 
 def test_without_any_finite_score_the_normalisation_is_suspected() -> None:
