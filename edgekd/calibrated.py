@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from edgekd.errors import StorageError
+from edgekd.errors import StorageError, UsageError
 from edgekd.files import cache_folder, read_json, write_json
 from edgekd.target import Target
 
@@ -45,6 +45,7 @@ class Header(msgspec.Struct, frozen=True):
     space: str
     input: tuple[int, int, int]
     classes: int = 0
+    layers_of: str = ""  # device and runtime that the layers were measured on, where not on this one
 
 
 class StoredTable(msgspec.Struct, frozen=True):
@@ -76,13 +77,16 @@ class StoredTable(msgspec.Struct, frozen=True):
         """For the record."""
         networks, tau = (self.validation.get(key) for key in ("networks", "kendall_tau"))
         how = {"layers": len(self.entries_ms) - 1, "networks": networks, "kendall_tau": tau}
+        how["layers_of"] = self.header.layers_of
         return asdict(self.subject) | how | {"path": str(self.path)}
 
     @property
     def words(self) -> str:
         """One line for people."""
-        header, layers = self.header, f"{len(self.entries_ms) - 1} layers ({self.quality})"
-        return f"{header.precision}, {self.subject.words}: {layers}, {header.runtime}, {self.path}"
+        header = self.header
+        layers = f"{len(self.entries_ms) - 1} layers{f' of {header.layers_of}' * bool(header.layers_of)}"
+        what = f"{header.precision}, {self.subject.words}"
+        return f"{what}: {layers} ({self.quality}), {header.runtime}, {self.path}"
 
     @property
     def quality(self) -> str:
@@ -149,6 +153,21 @@ def nearest_table(target: Target, precision: str, subject: Subject | None) -> St
     near = [(t.subject.input_shape == subject.input_shape, t.subject.space == subject.space,
              t.subject.classes == subject.classes) for t in tables]  # fmt: skip
     return tables[near.index(max(near))] if tables else None
+
+
+def lent_table(target: Target, precision: str, subject: Subject) -> StoredTable:
+    """The table of another target whose layers serve a subject.
+
+    Raises:
+        UsageError: there is none.
+    """
+    table = nearest_table(target, precision, subject)
+    if table is None or not table.serves(subject) or table.header.layers_of:
+        raise UsageError(
+            f"{target.id} has no table of {precision} layers for {subject.words} that were measured there",
+            calibrate_command(target.id, precision, subject),
+        )
+    return table
 
 
 def told_tables(target: Target, name: str, precision: str, subject: Subject, used: StoredTable | None) -> str:

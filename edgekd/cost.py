@@ -307,10 +307,10 @@ class CalibratedTable:
         own = subject is None or table.serves(subject)
         self.device = header.device
         self.error_percent = table.validation.get("median_error_percent") if own else None
-        self._note = (
-            f"sum of layers measured one by one on {self.device} with {header.runtime}, of students of "
-            f"{table.subject.words}"
-        )
+        where = header.layers_of or f"{self.device} with {header.runtime}"
+        self._note = f"sum of layers measured one by one on {where}, of students of {table.subject.words}"
+        if header.layers_of:
+            self._note += f", moved to {self.device} with {header.runtime} by whole students measured there"
         ratios = [
             entry / estimate
             for key, entry in self._entries.items()
@@ -324,7 +324,8 @@ class CalibratedTable:
     def _table_here(self, target: Target, header: Header) -> LayerTable | None:
         """What measures missing layers, where this machine and its runtime are those of the table."""
         here = _local_table(target, self._precision)
-        if here is None or here.times_of != {key: getattr(header, key) for key in here.times_of}:
+        told = {key: getattr(header, key) for key in ("device", "runtime", "clock")}
+        if here is None or header.layers_of or here.times_of != told:
             return None
         return here
 

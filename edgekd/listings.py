@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,8 @@ def targets_validate(names: tuple[str, ...]) -> None:
     help="Students whose layers are measured.",
 )
 @click.option("--networks", default=18, show_default=True, type=click.IntRange(0))
+@click.option("--layers-of", metavar="TARGET",
+              help="Measure networks alone; the layers are those of this target's table.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=int)
 @click.option("--json", "as_json", is_flag=True)
 def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: Any) -> None:
@@ -171,7 +174,9 @@ def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: 
     \b
     Example: edgekd targets calibrate rpi5 --on ssh://pi@board --image-size 96
     Cluster: edgekd targets calibrate rpi5 --executor dask://HOST:8786      (docs/scale-out.md)
+    From another device's layers: edgekd targets calibrate orin-nx --on ssh://me@board --layers-of jetson
     """
+    from edgekd.calibrated import lent_table
     from edgekd.cluster import cluster_devices
     from edgekd.executor import Workers
     from edgekd.profiler import HERE, Device
@@ -190,6 +195,9 @@ def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: 
     numbers = {key: given[key] for key in ("candidates", "networks", "seed")}
     precision = given["precision"] or ("fp32" if target.quant.dialect == "none" else "int8")
     wanted = Wanted(given["space"], spec, precision, **numbers)
+    if given["layers_of"]:
+        lent = lent_table(find_target(given["layers_of"]), precision, wanted.subject)
+        wanted = replace(wanted, lent=lent)
     with Workers(given["executor"]) as workers:
         if not workers.here:
             if devices:

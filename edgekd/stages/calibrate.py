@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from edgekd import __version__
-from edgekd.calibrated import Subject, store_table, table_path
+from edgekd.calibrated import StoredTable, Subject, store_table, table_path
 from edgekd.cost import Line, layer_key
 from edgekd.errors import DeviceError, UsageError
 from edgekd.files import append_line, sha256_json
@@ -40,7 +40,8 @@ _RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
 class Wanted:
     """What is measured: the layers of `candidates` students of a space, and `networks` of them whole. So many
     students show nearly all layers of a space (400 of `mobile-cnn`): a search finds those whose layers are
-    missing and underestimated."""
+    missing and underestimated. With the table that another device `lent`, networks alone are measured, and
+    the line leads from its layers to them."""
 
     space: str
     spec: ModelSpec
@@ -48,6 +49,7 @@ class Wanted:
     candidates: int = 2000
     networks: int = 18
     seed: int = 0
+    lent: StoredTable | None = None
 
     @property
     def subject(self) -> Subject:
@@ -73,15 +75,11 @@ def calibrate(
         UsageError: the target's runtime cannot be measured, or this machine is not the target.
         DeviceError: a device is not the target, or none is left, or they differ.
     """
-    runtime = target.primary.runtime
-    if runtime not in _RUNTIMES:
-        raise UsageError(f"target '{target.id}' runs on {runtime}, which edgekd does not time")
-    if HERE in devices and not is_this_machine(target):
-        raise UsageError(f"this machine is not a {target.description}", "measure there: --on ssh://user@host")
-    space = _space(target, wanted)
+    _refuse(target, devices, wanted)
+    space = space_of(target, wanted)
     genomes = drawn(space.choices, wanted.candidates, wanted.seed)
     whole = genomes[: wanted.networks]
-    every = (layer for genome in genomes for layer in space.layers(genome))
+    every = (layer for genome in genomes if wanted.lent is None for layer in space.layers(genome))
     layers = {layer_key(layer): layer for layer in every if layer.op != "add"}
     clock = "cpu" if target.measure.clock == "cpu" else "wall"
     with tempfile.TemporaryDirectory(prefix="edgekd-") as name:
@@ -96,26 +94,53 @@ def calibrate(
             shutil.copyfile(file, folder / f"n{number}.onnx")
             models[f"n{number}"] = ("float32", (1, *wanted.spec.input_shape))
         times, machine = _measured(target, devices, models, folder, _Parts(target, wanted, say))
-    entries = _entries(layers, times, clock)
+    entries = _entries(layers, times, clock) if wanted.lent is None else wanted.lent.entries_ms
     line, validation = _line(entries, times, list(map(space.layers, whole)), f"{clock}_turns")
     table = {
-        "header": {
-            "format": 3, "target": target.id, "precision": wanted.precision, "threads": 1, "clock": clock,
-            "runtime": f"{runtime} {machine['versions'][runtime]}", "device": machine["devices"][runtime],
-            "space": wanted.space, "input": list(wanted.spec.input_shape),
-            "classes": len(wanted.spec.classes),
-        },
+        "header": _header(target, wanted, machine, clock),
         "line": asdict(line),
         "validation": validation,
         "entries_ms": entries,
         "environment": machine,
-    }  # fmt: skip
+    }
     path = store_table(target, wanted.subject, table)
     _Parts(target, wanted, say).forget()
     return table | {"path": str(path)}
 
 
-def _space(target: Target, wanted: Wanted) -> SearchSpace:
+def _refuse(target: Target, devices: Sequence[Device], wanted: Wanted) -> None:
+    """What cannot be measured, before anything is."""
+    runtime = target.primary.runtime
+    if runtime not in _RUNTIMES:
+        raise UsageError(f"target '{target.id}' runs on {runtime}, which edgekd does not time")
+    if wanted.lent is not None and wanted.networks < _LEAST:
+        raise UsageError(
+            f"{wanted.networks} networks do not show how another device's layers fare here",
+            f"--networks {_LEAST} at least",
+        )
+    if HERE in devices and not is_this_machine(target):
+        raise UsageError(f"this machine is not a {target.description}", "measure there: --on ssh://user@host")
+
+
+def _header(target: Target, wanted: Wanted, machine: dict[str, Any], clock: str) -> dict[str, Any]:
+    runtime, lent = target.primary.runtime, wanted.lent
+    return {
+        "format": 3,
+        "target": target.id,
+        "precision": wanted.precision,
+        "threads": 1,
+        "clock": clock,
+        "runtime": f"{runtime} {machine['versions'][runtime]}",
+        "device": machine["devices"][runtime],
+        "space": wanted.space,
+        "input": list(wanted.spec.input_shape),
+        "classes": len(wanted.spec.classes),
+        "layers_of": "" if lent is None else f"{lent.header.device} with {lent.header.runtime}",
+    }
+
+
+def space_of(target: Target, wanted: Wanted) -> SearchSpace:
+    """The space, as the target's card restricts it."""
     card = target.space
     multiple = int(float(card.channel_multiple.value))
     return search_space(wanted.space, wanted.spec, multiple, tuple(card.kernels), tuple(card.forbidden_ops))
