@@ -78,7 +78,7 @@ def calibrate(
     _refuse(target, devices, wanted)
     space = space_of(target, wanted)
     genomes = drawn(space.choices, wanted.candidates, wanted.seed)
-    whole = genomes[: wanted.networks]
+    whole = _whole(space, genomes, wanted)
     every = (layer for genome in genomes if wanted.lent is None for layer in space.layers(genome))
     layers = {layer_key(layer): layer for layer in every if layer.op != "add"}
     clock = "cpu" if target.measure.clock == "cpu" else "wall"
@@ -108,16 +108,41 @@ def calibrate(
     return table | {"path": str(path)}
 
 
+def _whole(space: SearchSpace, genomes: Sequence[Genome], wanted: Wanted) -> Sequence[Genome]:
+    """Students that are measured whole: the first, or the first that are made of layers which were lent.
+
+    Raises:
+        UsageError: there are too few of them.
+    """
+    if wanted.lent is None:
+        return genomes[: wanted.networks]
+    lender, known = wanted.lent.header.target, wanted.lent.entries_ms.keys()
+    layers = ({layer_key(layer) for layer in space.layers(g) if layer.op != "add"} for g in genomes)
+    whole = [genome for genome, keys in zip(genomes, layers, strict=True) if keys <= known]
+    if len(whole) < _LEAST:
+        raise UsageError(
+            f"{len(whole)} of {len(genomes)} students consist of layers that the table of {lender} has; at least "
+            f"{_LEAST} have to be measured",
+            f"measure {lender} with more --candidates; a card of other widths or kernels cannot lend its layers",
+        )
+    return whole[: wanted.networks]
+
+
 def _refuse(target: Target, devices: Sequence[Device], wanted: Wanted) -> None:
     """What cannot be measured, before anything is."""
     runtime = target.primary.runtime
     if runtime not in _RUNTIMES:
         raise UsageError(f"target '{target.id}' runs on {runtime}, which edgekd does not time")
-    if wanted.lent is not None and wanted.networks < _LEAST:
-        raise UsageError(
-            f"{wanted.networks} networks do not show how another device's layers fare here",
-            f"--networks {_LEAST} at least",
-        )
+    if wanted.lent is not None:
+        if (wanted.lent.header.target, wanted.lent.made_for[1]) == (target.id, runtime):
+            raise UsageError(
+                f"'{target.id}' cannot lend its layers to itself", "name another target, or none"
+            )
+        if wanted.networks < _LEAST:
+            raise UsageError(
+                f"{wanted.networks} networks do not show how another device's layers fare here",
+                f"--networks {_LEAST} at least",
+            )
     if HERE in devices and not is_this_machine(target):
         raise UsageError(f"this machine is not a {target.description}", "measure there: --on ssh://user@host")
 

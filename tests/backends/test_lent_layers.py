@@ -78,5 +78,13 @@ def test_layers_are_lent_by_those_that_measured_them_and_too_few_networks_refuse
         with pytest.raises(UsageError, match="no table of fp32 layers for mobile-cnn") as caught:
             lent_table(target, "fp32", SUBJECT)
         assert caught.value.hint.startswith(f"edgekd targets calibrate {target.id} --precision fp32")
-    with pytest.raises(UsageError, match="3 networks do not show"):
-        calibrate(TARGET, [HERE], Wanted("mobile-cnn", SPEC, "fp32", networks=3, lent=lent), print)
+    few = msgspec.structs.replace(lent, entries_ms=dict(list(lent.entries_ms.items())[:60]))
+    for lender, count, told in (
+        (lent, 3, "3 networks do not show"),
+        (few, COUNT, "of 40 students consist of"),
+    ):
+        wanted = Wanted("mobile-cnn", SPEC, "fp32", candidates=40, networks=count, lent=lender)
+        with pytest.raises(UsageError, match=told):
+            calibrate(TARGET, [HERE], wanted, print)
+    with pytest.raises(UsageError, match="cannot lend its layers to itself"):
+        calibrate(LENDER, [HERE], Wanted("mobile-cnn", SPEC, "fp32", lent=lent), print)
