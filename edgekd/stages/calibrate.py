@@ -121,9 +121,9 @@ def _whole(space: SearchSpace, genomes: Sequence[Genome], wanted: Wanted) -> Seq
     whole = [genome for genome, keys in zip(genomes, layers, strict=True) if keys <= known]
     if len(whole) < _LEAST:
         raise UsageError(
-            f"{len(whole)} of {len(genomes)} students consist of layers that the table of {lender} has; at least "
-            f"{_LEAST} have to be measured",
-            f"measure {lender} with more --candidates; a card of other widths or kernels cannot lend its layers",
+            f"{len(whole)} of {len(genomes)} students consist of layers that the table of {lender} has; at "
+            f"least {_LEAST} have to be measured",
+            f"measure {lender} with more --candidates; a card of other widths or kernels cannot lend layers",
         )
     return whole[: wanted.networks]
 
