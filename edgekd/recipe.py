@@ -108,9 +108,9 @@ class DistillRecipe(_Strict, frozen=True):
     weights: str = ""
     method: str = "dist"
     options: dict[str, dict[str, Any]] = {}
-    epochs: _Count = 28
+    epochs: _Count = 20
     batch_size: Annotated[int, msgspec.Meta(ge=2)] = 128
-    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "muon"
     learning_rate: _Positive = 1e-2
     milestones: tuple[_Share, ...] = ()
     weight_decay: _NonNegative = 0.2

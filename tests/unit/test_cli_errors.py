@@ -175,7 +175,7 @@ def test_images_left_out_are_counted_and_an_impossible_budget_names_the_nearest(
     broken.write_bytes(broken.read_bytes()[:60])
     words = ["--teacher", "tiny_teacher:build", "--weights", tiny.weights, "--data", data, "--skip-bad"]
     ended = edgekd("--target", "jetson", *words, *settings(), "--max-latency-ms", "1e-9")
-    ended.says(14, "no student of", "the nearest is predicted at", "latency is", "--max-latency-ms")
+    ended.says(14, "no student of", "nearest, as predicted: latency", "(limit 1e-09 ms)", "--max-latency")
     record = json.loads((edgekd.out / "record.json").read_text())
     assert [Path(name.split(":")[0]).name for name in record["metrics"]["data"]["skipped"]] == ["001.png"]
     assert record["metrics"]["data"]["train"] + record["metrics"]["data"]["validation"] < 48

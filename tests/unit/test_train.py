@@ -588,3 +588,20 @@ def test_a_step_never_waits_for_the_device(augment: str, optimizer: str) -> None
     loop.open_epoch(0)
     with _NoWaiting():  # type: ignore[no-untyped-call]
         loop.step()
+
+
+def test_only_strided_depthwise_convolutions_stay_in_float() -> None:
+    """In bfloat16 their backward pass would take ten times as long on a CPU."""
+    dense, flat = nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1, groups=4)
+    strided = nn.Conv2d(4, 4, 3, 2, 1, groups=4)
+    inputs = torch.randn(2, 4, 8, 8)
+    with PLANS["bf16"].autocast():
+        kinds = [layer(inputs).dtype for layer in (dense, flat, strided)]
+        after = strided(dense(inputs))
+    assert kinds == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert after.dtype == torch.float32
+    after.sum().backward()
+    assert strided.weight.grad is not None
+    assert dense.weight.grad is not None
+    with PLANS["f32"].autocast():
+        assert dense(inputs).dtype == torch.float32
