@@ -205,7 +205,7 @@ def targets_calibrate(name: str, urls: tuple[str, ...], as_json: bool, **given: 
             devices = [*cluster_devices(workers, (target.id, *target.aliases), **card)]
         table = calibrate(target, devices or [HERE], wanted, lambda text: click.echo(f"  {text}", err=True))
     told = {key: table[key] for key in ("path", "line")}
-    named = ("precision", "space", "input", "classes", "device", "runtime")
+    named = ("precision", "space", "input", "classes", "device", "runtime", "layers_of")
     told |= {key: table["header"][key] for key in named}
     told["layers"] = len(table["entries_ms"]) - 1
     emit(told | {"validation": table["validation"]}, as_json)
