@@ -128,11 +128,14 @@ def _remeasured(chosen: int, measured: Measured | None) -> dict[str, Any]:
 
 
 def predictor(bench: Bench, space: str | None = None) -> CostModel:
-    """What predicts the costs of students of `space`, by default the recipe's; says which table it is."""
+    """What predicts the costs of students of `space`, by default the recipe's; says which table it is. Layers
+    are counted for square images of the longer side."""
     target, precision, spec = bench.run.target, executed_precision(bench), bench.spec
     name = bench.recipe.target
     space = bench.recipe.search.space if space is None else space
-    subject = Subject(space, spec.input_shape, len(spec.classes))
+    channels, height, width = spec.input_shape
+    side = max(height, width)
+    subject = Subject(space, (channels, side, side), len(spec.classes))
     model = cost_model(target, precision, subject)
     told = told_tables(target, name, precision, subject, model.table)
     if isinstance(model, Roofline) and not model.known:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgekd.calibrated import Subject, store_table
 from edgekd.errors import TeacherError
 from edgekd.nets import tapped_forward
 from edgekd.recipe import load_recipe
@@ -18,7 +19,8 @@ from edgekd.spaces import search_space
 from edgekd.spec import ModelSpec, Preprocessing
 from edgekd.stages.ready import ready_teacher
 from edgekd.stages.scorer import Scorer
-from edgekd.stages.search import scoring_batch
+from edgekd.stages.search import predictor, scoring_batch
+from edgekd.target import find_target
 from edgekd.teacher import LoadedTeacher
 
 SPEC = ModelSpec(Preprocessing(16, 16, "grey", (0.5,), (0.5,)), ("a", "b", "c"))
@@ -49,6 +51,29 @@ def test_a_search_on_images_without_labels_asks_the_teacher_and_scores() -> None
         terms = Scorer(SPACE, score, inputs, labels, teacher, 3, 0)((1,) + (0,) * (len(SPACE.choices) - 1))
         assert terms
         assert all(math.isfinite(value) for value in terms.values())
+
+
+def test_images_that_are_not_square_have_the_table_of_their_longer_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target, subject = find_target("jetson"), Subject("mobile-cnn", (1, 24, 24), 3)
+    made: dict[str, object] = {
+        "format": 3,
+        "target": target.id,
+        "precision": "int8",
+        "runtime": "tensorrt 10",
+    }
+    on = {"clock": "wall", "device": "Orin", "space": "mobile-cnn", "input": [1, 24, 24], "classes": 3}
+    validation = {"median_error_percent": 4.0, "kendall_tau": 0.9}
+    table = {"header": made | on, "line": {}, "validation": validation, "entries_ms": {"empty": 0.1}}
+    path, said = store_table(target, subject, table), list[str]()
+    run = SimpleNamespace(target=target, reporter=SimpleNamespace(say=said.append))
+    spec = ModelSpec(Preprocessing(16, 24, "grey", (0.5,), (0.5,)), ("a", "b", "c"))
+    model = predictor(SimpleNamespace(recipe=load_recipe(None, {}), run=run, spec=spec))  # type: ignore[arg-type]
+    assert model.table is not None
+    assert (model.table.path, model.error_percent) == (path, 4.0)
+    assert said[0].startswith("  latency by the table of mobile-cnn, 1x24x24, 3 classes (median error 4 %")
 
 
 def test_a_teacher_of_another_image_size_is_refused_with_the_sizes(tmp_path: Path) -> None:
