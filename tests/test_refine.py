@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from samples import SHORT, Tiny
 
 from edgekd.errors import UsageError
 from edgekd.pipeline import run_pipeline
+from edgekd.ranking import ranks
 from edgekd.recipe import load_recipe, parse_override
 from edgekd.train import fit
 
@@ -22,6 +24,7 @@ def settings(tiny: Tiny, **changes: Any) -> dict[str, Any]:
     given = {
         "target": "jetson", "teacher.source": "tiny_teacher:build", "teacher.weights": str(tiny.weights),
         "data.source": str(tiny.data), "search.evaluations": 40, "distill.epochs": 2, "search.refine": True,
+        "search.score": "diswot+nwot",
         "search.refine_candidates": 7, "search.refine_epochs": 1,
         "budget.max_macs_ratio": 20.0,
     }  # fmt: skip
@@ -44,6 +47,14 @@ def test_the_largest_that_fits_is_among_the_compared(refined: tuple[Path, dict[s
     assert {search["by_macs"], search["by_parameters"], search["chosen_without_refine"]} <= rows
     assert search["refine"]["control"] == search["by_macs"]
     assert all(search["candidates"][row]["feasible"] for row in rows)
+
+
+def test_the_best_by_nwot_and_macs_is_among_the_compared(refined: tuple[Path, dict[str, Any]]) -> None:
+    search = refined[1]["metrics"]["search"]
+    pool = [row for row, found in enumerate(search["candidates"]) if found["score"] is not None]
+    nwot = ranks([search["candidates"][row]["terms"]["nwot"] for row in pool])
+    best = pool[int(np.argmax(nwot + ranks([search["candidates"][row]["macs"] for row in pool])))]
+    assert best in {line["row"] for line in search["refine"]["trained"]}
 
 
 def test_finalists_are_the_best_of_the_short_trainings(refined: tuple[Path, dict[str, Any]]) -> None:

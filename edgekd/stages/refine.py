@@ -21,7 +21,7 @@ from edgekd.blocks import deployed
 from edgekd.errors import UsageError
 from edgekd.files import sha256_json, write_atomic
 from edgekd.plan import Plan, probe
-from edgekd.ranking import Values
+from edgekd.ranking import Values, ranks
 from edgekd.ranks import ALONE
 from edgekd.recipe import Recipe
 from edgekd.search import Found, Genome
@@ -97,14 +97,17 @@ def refine(bench: Bench, found: Found, scorer: Scorer, key: str) -> tuple[int, d
     features, names = _features(bench, found, rows, scorer)
     position = {row: number for number, row in enumerate(rows)}
     score = np.array([found.score[row] or 0.0 for row in rows])
+    macs = [found.candidates[row].macs for row in rows]
     reasons = {
         found.chosen: "chosen by score and MACs",
         found.by_macs: "largest that fits",
         found.by_parameters: "most parameters",
         rows[int(np.argmax(score))]: "best by score",
     }
+    nwot = features[:, names.index("nwot")]
+    reasons.setdefault(rows[int(np.argmax(ranks(nwot) + ranks(macs)))], "best by NWOT and MACs")
     forced = [position[row] for row in reasons]
-    merit = score + spread_of([found.candidates[row].macs for row in rows])
+    merit = score + spread_of(macs)
     first = shortlist(features, merit, forced, min(recipe.refine_candidates, len(rows)))
     course = _course(bench, found.candidates[found.chosen].genome)
     store = _Store(bench, key)
