@@ -248,8 +248,7 @@ class Line:
 
     V: values that its layers read and write, whose change of layout a layer alone pays for and a network does
     not; W: its parameters, which a layer alone finds in the nearest cache and a network does not; attention
-    forces its neighbours in a network to change layouts. All coefficients are at least 0; by default it is
-    the sum.
+    costs more between convolutions than alone. All coefficients are at least 0; by default it is the sum.
     """
 
     offset_ms: float = 0.0
