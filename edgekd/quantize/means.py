@@ -29,7 +29,7 @@ def pool_in_one_node(model: onnx.ModelProto) -> None:
     for node in list(graph.node):
         if node.input and node.input[0] in pooled and _flattens(node, shapes, values):
             _replace(graph, node, [_flat(node.input[0], node.output[0], node.name)])
-    if any(_FLAT in node.input for node in graph.node):
+    if _FLAT not in values and any(_FLAT in node.input for node in graph.node):
         graph.initializer.append(numpy_helper.from_array(np.array([0, -1], np.int64), _FLAT))
     read = {name for node in graph.node for name in reads(node)} | {value.name for value in graph.output}
     for tensor in values.values():  # shapes and axes that nothing reads any more

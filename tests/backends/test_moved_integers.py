@@ -166,3 +166,14 @@ def test_signed_integers_behind_a_reshape_load_in_onnx_runtime(target: str, tmp_
     exact = backend("onnxruntime").open(path).run(samples())
     got = backend("onnxruntime").open(tmp_path / "q.onnx").run(samples())
     assert judge(exact.reshape(64, -1), got.reshape(64, -1), None).signal_to_noise_db > 20
+
+
+def test_a_file_whose_mean_is_a_pool_already_is_read_as_it_is(tmp_path: Path) -> None:
+    """edgekd's own exports are of that form."""
+    opset, nodes, more = MEANS["reduce"]
+    first = load_float(network(tmp_path / "m.onnx", nodes, opset, **more))
+    onnx.save(first.model, tmp_path / "again.onnx")
+    again = load_float(tmp_path / "again.onnx")
+    assert [node.op_type for node in again.model.graph.node] == [n.op_type for n in first.model.graph.node]
+    names = [tensor.name for tensor in again.model.graph.initializer]
+    assert len(names) == len(set(names))
