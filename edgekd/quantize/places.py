@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -258,6 +259,24 @@ def without_uneven_joins(places: Places, reach: Mapping[str, float]) -> Places:
         return operation.kind != "Concat" or max(found) <= _UNEVEN * min(found)
 
     return replace(places, operations={name: one for name, one in places.operations.items() if even(one)})
+
+
+def with_float_sums(model: onnx.ModelProto, places: Places) -> Places | None:
+    """The same, but a term of an addition that a layer makes for it alone has no grid; of two such terms the
+    second keeps its own. None where there is no such term."""
+    maker = {name: node.op_type for node in model.graph.node for name in node.output}
+    readers = Counter(name for node in model.graph.node for name in dict.fromkeys(reads(node)))
+    results = {value.name for value in model.graph.output}
+
+    def for_it_alone(tensor: str) -> bool:
+        return maker.get(tensor) in LAYERS and readers[tensor] == 1 and tensor not in results
+
+    changed = {}
+    for name, one in places.operations.items():
+        kept = tuple(tensor for tensor in one.reads if not for_it_alone(tensor)) or one.reads[1:]
+        if one.kind == "Add" and kept != one.reads:
+            changed[name] = replace(one, reads=kept)
+    return replace(places, operations=places.operations | changed) if changed else None
 
 
 def weight_matrix(weight: NDArray[np.float32], operation: Operation) -> NDArray[np.float32]:

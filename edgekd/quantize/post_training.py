@@ -18,6 +18,7 @@ from edgekd.quantize.places import (
     find_places,
     weight_codes,
     weight_scales,
+    with_float_sums,
     without_uneven_joins,
 )
 from edgekd.quantize.reconstruct import Step, reconstruct
@@ -44,7 +45,8 @@ class Judges:
 @dataclass(frozen=True)
 class Quantized:
     """A graph of one dialect. `how`: what it was made with; `floats`: the operators left in float, with what
-    they do alone in `sensitivity`; `tried`: damage of every try by its name."""
+    they do alone in `sensitivity`; `tried`: damage of every try by its name; `float_sums`: see
+    `with_float_sums`."""
 
     model: onnx.ModelProto
     dialect: str
@@ -53,6 +55,7 @@ class Quantized:
     floats: tuple[str, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     trained: bool = False
+    float_sums: bool = False
     work: PostTraining | None = None
     numbers: Numbers | None = None
 
@@ -185,6 +188,18 @@ def quantize_graph(
             drop = judges.drop(whole)
     made = Quantized(whole, scheme.dialect, how, tried, work=work, numbers=numbers)
     return [made] if drop <= limit else with_floats(made, drop, judges, limit, reporter)
+
+
+def sums_in_float(whole: Quantized) -> list[Quantized]:
+    """`whole` with what layers make for an addition alone in float: on OpenVINO faster or slower, by the
+    network. Nothing where there is no such addition."""
+    work, numbers = whole.work, whole.numbers
+    assert work is not None and numbers is not None
+    places = with_float_sums(work.model.model, work.places)
+    if places is None:
+        return []
+    made = write_quantized(work.model.model, places, numbers, signed=whole.dialect in SIGNED)
+    return [replace(whole, model=made, how=f"{whole.how}, sums in float", float_sums=True)]
 
 
 def with_floats(

@@ -18,7 +18,7 @@ from edgekd.profiler import Protocol, Variant, environment, measure
 from edgekd.quantize.engines import engine_names, run_engine
 from edgekd.quantize.observe import Calibration
 from edgekd.quantize.onnx_file import load_float
-from edgekd.quantize.post_training import Judges, Quantized, quantize_graph, with_floats
+from edgekd.quantize.post_training import Judges, Quantized, quantize_graph, sums_in_float, with_floats
 from edgekd.quantize.quality import DEFAULT_DROP
 from edgekd.quantize.samples import load_samples
 from edgekd.quantize.scheme import QuantScheme, scheme_for
@@ -112,7 +112,7 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
 
 
 def _named(made: Quantized) -> str:
-    return f"{made.dialect}{'-qat' if made.trained else ''}"
+    return f"{made.dialect}{'-float-sums' if made.float_sums else ''}{'-qat' if made.trained else ''}"
 
 
 def _job(wanted: Wanted, reporter: Reporter) -> Job:
@@ -145,7 +145,7 @@ def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]
     for one in _schemes(scheme, wanted.target):
         judges = _judges(job, one.dialect)
         job.reporter.say(f"  {one.dialect}: divergence from float by calibrator")
-        made += quantize_graph(
+        ours = quantize_graph(
             job.model,
             one,
             calibration,
@@ -154,6 +154,7 @@ def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]
             calibrators=wanted.calibrators,
             reporter=(job.reporter.say, job.reporter.step),
         )
+        made += ours + (sums_in_float(ours[0]) if one.dialect == "openvino-u8" else [])
         if wanted.training is not None:
             from edgekd.stages.qat_file import train_file
 
@@ -207,6 +208,8 @@ def _candidates(job: Job, wanted: Wanted, made: list[Quantized]) -> list[Candida
         if "bf16" in precisions:
             found.append(Candidate(f"{name}-bf16", "bf16", job.float_path, name, "bf16"))
         for one in made:
+            if one.float_sums and name != "openvino":
+                continue
             form = "mixed" if one.floats else "int8"
             named = f"{form}-{_named(one)}"
             path = job.folder / f"{named}.onnx"

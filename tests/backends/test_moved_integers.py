@@ -14,7 +14,7 @@ from onnx import helper
 
 from edgekd.backends import backend
 from edgekd.quantize.onnx_file import load_float
-from edgekd.quantize.post_training import PostTraining
+from edgekd.quantize.post_training import PostTraining, Quantized, sums_in_float
 from edgekd.quantize.quality import judge
 from edgekd.quantize.scheme import scheme_for
 from edgekd.target import find_target
@@ -177,3 +177,45 @@ def test_a_file_whose_mean_is_a_pool_already_is_read_as_it_is(tmp_path: Path) ->
     assert [node.op_type for node in again.model.graph.node] == [n.op_type for n in first.model.graph.node]
     names = [tensor.name for tensor in again.model.graph.initializer]
     assert len(names) == len(set(names))
+
+
+def test_sums_in_float_leave_out_the_terms_that_a_layer_makes_for_them_alone(tmp_path: Path) -> None:
+    draw, make = np.random.default_rng(0), helper.make_node
+    nodes = [
+        make("Conv", ["x", "a.w"], ["a"], "first", pads=[1] * 4),
+        make("Relu", ["a"], ["ar"], "relu1"),
+        make("Conv", ["ar", "b.w"], ["b"], "alone", pads=[1] * 4),
+        make("Add", ["b", "ar"], ["s"], "skip"),
+        make("Conv", ["s", "b.w"], ["c"], "left", pads=[1] * 4),
+        make("Conv", ["s", "d.w"], ["d"], "right", pads=[1] * 4),
+        make("Add", ["c", "d"], ["t"], "both"),
+        make("Relu", ["t"], ["tr"], "relu2"),
+        make("Conv", ["tr", "y.w"], ["y"], "last"),
+    ]
+    shapes = {"a.w": (16, 3, 3, 3), "b.w": (16, 16, 3, 3), "d.w": (16, 16, 3, 3), "y.w": (4, 16, 1, 1)}
+    weights = {name: (0.2 * draw.standard_normal(shape)).astype("f4") for name, shape in shapes.items()}
+    path = save_model(nodes, weights, tmp_path / "m.onnx", shape=("N", 3, SIZE, SIZE))
+    scheme = replace(scheme_for(find_target("x86")), dialect="openvino-u8")
+    work = PostTraining(load_float(path), scheme, lambda: iter([{"x": samples()}]))
+    numbers = work.numbers("min-max")
+    whole = Quantized(work.write(numbers), "openvino-u8", "min-max", {}, work=work, numbers=numbers)
+    (made,) = sums_in_float(whole)
+    read = {node.input[0] for node in made.model.graph.node if node.op_type == "QuantizeLinear"}
+    assert read == {"x", "ar", "s", "d", "tr"}
+    onnx.save(made.model, tmp_path / "q.onnx")
+    exact = backend("onnxruntime").open(path).run(samples()).reshape(64, -1)
+    got = backend("openvino").open(tmp_path / "q.onnx").run(samples()).reshape(64, -1)
+    assert judge(exact, got, None).signal_to_noise_db > 25
+    coverage = backend("openvino").coverage(tmp_path / "q.onnx")
+    assert (coverage.int8_nodes, coverage.int8_macs) == (1.0, 1.0)
+
+
+def test_a_network_without_sums_has_no_second_file(tmp_path: Path) -> None:
+    opset, nodes, more = MEANS["reduce"]
+    path = network(tmp_path / "m.onnx", nodes, opset, **more)
+    scheme = replace(scheme_for(find_target("x86")), dialect="openvino-u8")
+    work = PostTraining(load_float(path), scheme, lambda: iter([{"x": samples()}]))
+    numbers = work.numbers("min-max")
+    assert (
+        sums_in_float(Quantized(work.write(numbers), "openvino-u8", "", {}, work=work, numbers=numbers)) == []
+    )
