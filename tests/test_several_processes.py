@@ -31,8 +31,9 @@ def test_two_processes_leave_one_run_and_find_it_up_to_date(tiny: Tiny, tmp_path
     assert done.stderr.count("[3/8] distill") == 1  # the other process is silent
     record = read_json(folder / "record.json")
     assert list(record["stages"]) == ["teacher", "search", "distill"]
-    assert len(record["metrics"]["distill"]["history"]) == 3
-    assert record["metrics"]["student_float"]["accuracy"] > 0.3  # chance is 0.25
+    history = record["metrics"]["distill"]["history"]
+    assert len(history) == 3
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     assert [path.name for path in folder.rglob(".*")] == [".lock"]
     again = distill(tiny, folder)  # nothing to train: the other process is sent away
     assert again.returncode == 0, again.stderr
