@@ -29,7 +29,7 @@ def phases(**overrides: Any) -> list[dict[str, Any]]:
 
 def test_without_phases_there_is_one_training_as_the_recipe_says() -> None:
     assert phases(distill__method="kd", distill__options={"kd": {"temperature": 2.0}}) == [
-        {"method": "kd", "options": {"kd": {"temperature": 2.0}}, "epochs": 28, "learning_rate": 0.01,
+        {"method": "kd", "options": {"kd": {"temperature": 2.0}}, "epochs": 20, "learning_rate": 0.01,
          "augment": "crop-mix"}
     ]  # fmt: skip
 
