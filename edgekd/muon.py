@@ -19,7 +19,7 @@ _RMS = 0.2  # of an AdamW step in units of the rate (Liu et al. 2025, arXiv:2502
 
 def orthogonalised(matrices: Tensor) -> Tensor:
     """(B, M, N) matrices with the singular vectors of those given and singular values between about 0.7 and
-    1.2: five Newton-Schulz iterations, in bfloat16 on a CUDA device, which they stand."""
+    1.2, the smallest ones below that: five Newton-Schulz iterations, in bfloat16 on a CUDA device."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -39,14 +39,14 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, capturable: bool) -> None:
         super().__init__(groups, fused=True, capturable=capturable)
+        self.register_step_pre_hook(lambda *_: self._step_all_matrices())
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """One step of all parameters; the gradients of matrices are gone afterwards."""
+    def _step_all_matrices(self) -> None:
+        """Their gradients are gone afterwards, so that AdamW passes them over."""
         for group in self.param_groups:
             if group.get("orthogonal"):
                 self._step_matrices(group)
-        super().step()
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)

@@ -82,10 +82,13 @@ class _StridedInFloat(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.conv2d and len(args) == _CONV2D and args[6] == args[1].shape[0] > 1 and max(args[3]) > 1:
-            inputs, weight, *others = args
-            with torch.autocast("cpu", enabled=False):
-                return func(inputs.float(), weight.float(), *others)
+        if func is F.conv2d and len(args) == _CONV2D:
+            inputs, weight, bias, stride, *others = args
+            depthwise = others[-1] == weight.shape[0] > 1
+            if depthwise and stride not in (1, (1, 1), [1, 1]):
+                with torch.autocast("cpu", enabled=False):
+                    bias = bias if bias is None else bias.float()
+                    return func(inputs.float(), weight.float(), bias, stride, *others)
         return func(*args, **(kwargs or {}))
 
 

@@ -598,7 +598,10 @@ def test_only_strided_depthwise_convolutions_stay_in_float() -> None:
     with PLANS["bf16"].autocast():
         kinds = [layer(inputs).dtype for layer in (dense, flat, strided)]
         after = strided(dense(inputs))
+        called = F.conv2d(inputs, strided.weight, None, 2, 1, 1, 4)
+        flat_called = F.conv2d(inputs, strided.weight, None, 1, 1, 1, 4)
     assert kinds == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert (called.dtype, flat_called.dtype) == (torch.float32, torch.bfloat16)
     assert after.dtype == torch.float32
     after.sum().backward()
     assert strided.weight.grad is not None
