@@ -166,7 +166,8 @@ def network_body(stem: LayerShape, edges: Edges, widths: Sequence[int]) -> list[
 
 
 class Nb201:
-    """Genome: the operation of each edge of the cell. Edges without use are left out of the network.
+    """Genome: the operation of each edge of the cell. Edges without use are left out of the network; a cell
+    that would give zeros, because no edges lead through it, passes its input on instead.
 
     Larger images enter a stem of stride 2, and of 4 above 96 px; widths are rounded to the card's multiple.
     """
@@ -185,7 +186,7 @@ class Nb201:
         return (len(OPERATIONS),) * len(EDGES)
 
     def layers(self, genome: Genome) -> tuple[LayerShape, ...]:
-        edges = live(edges_of(architecture(genome)))
+        edges = _student_edges(genome)
         made, size = [self._stem], self._stem.size_out
         for stage, width in enumerate(self._widths):
             if stage:
@@ -209,9 +210,13 @@ class Nb201:
         )
 
     def build(self, genome: Genome, rng: torch.Generator) -> nn.Module:
-        edges = live(edges_of(architecture(genome)))
+        edges = _student_edges(genome)
         body = network_body(self._stem, edges, self._widths)
         return with_weights(body, self._widths[-1], self._classes, rng)
+
+
+def _student_edges(genome: Genome) -> Edges:
+    return live(edges_of(architecture(genome))) or ((0, 3, "skip_connect"),)
 
 
 def _cell_layers(edges: Edges, width: int, size: int) -> list[LayerShape]:

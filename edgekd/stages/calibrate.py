@@ -26,7 +26,7 @@ from edgekd.ranking import Values, kendall_tau
 from edgekd.remote import pooled
 from edgekd.spaces import Genome, SearchSpace, search_space
 from edgekd.spec import LayerShape, ModelSpec
-from edgekd.stages.untrained import write_network
+from edgekd.stages.untrained import form_for, write_network
 from edgekd.target import Target, is_this_machine
 
 _CHUNK = 400  # models of one order: what is measured together is disturbed alike
@@ -69,7 +69,7 @@ def calibrate(
     parts that were measured.
 
     Args:
-        kept: a folder for the networks' files, which another runtime of the same card need not write again.
+        kept: a folder for the networks' files, for another runtime that takes the same.
 
     Raises:
         UsageError: the target's runtime cannot be measured, or this machine is not the target.
@@ -87,7 +87,8 @@ def calibrate(
         models = _layer_models(target, layers, wanted.precision, folder)
         for number, genome in enumerate(whole):
             say(f"{number + 1} of {len(whole)} networks written")
-            file = (kept or folder) / f"{wanted.space}-{wanted.precision}-{number}.onnx"
+            form = form_for(target) if wanted.precision == "int8" else wanted.precision
+            file = (kept or folder) / f"{wanted.space}-{form}-{number}.onnx"
             if not file.exists():
                 network = space.build(genome, torch.Generator().manual_seed(number))
                 write_network(network, target, wanted.spec, wanted.precision, file)

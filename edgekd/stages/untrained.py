@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from edgekd.blocks import deployed
 from edgekd.export import save, to_onnx
-from edgekd.layer_files import codes_of
 from edgekd.nets import evaluate
 from edgekd.quantize.capture import capture
 from edgekd.quantize.fakequant import calibrate, find_sites, insert, parameters_of
-from edgekd.quantize.lower import lower
+from edgekd.quantize.lower import FORMS, Form, lower
 from edgekd.quantize.scheme import scheme_for
 from edgekd.spec import ModelSpec
+from edgekd.stages.variants import planned_variants
 from edgekd.target import Target
+
+
+def form_for(target: Target) -> Form:
+    """The form of the quantized file that the target's first runtime is given."""
+    files = {
+        plan.backend: plan.file for plan in reversed(planned_variants(target, True, False)) if plan.quantized
+    }
+    return next(form for form in FORMS if files[target.primary.runtime] == f"{form}.onnx")
 
 
 def write_network(network: nn.Module, target: Target, spec: ModelSpec, precision: str, path: Path) -> None:
@@ -42,5 +48,6 @@ def write_network(network: nn.Module, target: Target, spec: ModelSpec, precision
     ranges = calibrate(graph, sites, [images], scheme, "min-max")
     quantized = insert(graph, sites, ranges, scheme).eval()
     evaluate(quantized, images)
-    kind: Literal["uint8", "int8"] = "uint8" if codes_of(target).dtype == np.uint8 else "int8"
-    save(lower(to_onnx(graph, spec), parameters_of(quantized, sites), sites, kind), path)
+    form = form_for(target)
+    split = scheme.symmetric and form == "uint8"
+    save(lower(to_onnx(graph, spec), parameters_of(quantized, sites), sites, form, split_relu=split), path)

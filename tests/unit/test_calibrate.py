@@ -71,8 +71,12 @@ def test_draws_differ_repeat_and_cover_small_and_large() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtype"), [("x86", "UINT8"), ("rpi5", "INT8"), ("jetson", "INT8")])
-def test_an_int8_network_is_quantized_for_its_target(name: str, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [("x86-avx2", {"UINT8"}), ("x86", {"UINT8", "INT8"}), ("rpi5", {"INT8"}), ("jetson", {"INT8"})],
+)
+def test_an_int8_network_is_quantized_for_its_target(name: str, dtypes: set[str], tmp_path: Path) -> None:
+    """As the file of a trained student is: OpenVINO's has zero points of 0 where a grid is even."""
     target, path = find_target(name), tmp_path / "net.onnx"
     space = search_space("repvgg", SPEC, 8, (3,), ())
     network = space.build(tuple(0 for _ in space.choices), torch.Generator().manual_seed(0))
@@ -84,7 +88,7 @@ def test_an_int8_network_is_quantized_for_its_target(name: str, dtype: str, tmp_
     types = {
         onnx.TensorProto.DataType.Name(value.data_type) for value in graph.initializer if value.name in zeros
     }
-    assert types == {dtype}
+    assert types == dtypes
     logits = backend("onnxruntime").open(path).run(np.zeros((1, *SPEC.input_shape), np.float32))
     assert logits.shape == (1, 2)
 

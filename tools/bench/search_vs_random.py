@@ -3,11 +3,12 @@
     python tools/bench/search_vs_random.py --run runs/jetson --random 5 --epochs 15 --seeds 0 1 2
 
 The run's folder must hold a finished search; one with `search.refine` has two students of its own. Rivals:
-what further searches chose (`--also`, for instance with another score), the candidates of its search with
-the most multiply-accumulates and with the most parameters within the budget, random students drawn uniformly
-from the same space that meet the budget and are within 10 % of the chosen student's predicted latency, and
-the widest MobileNetV2 that meets the budget. Prints a line per training as it ends, then a table with 95 % t
-intervals over the seeds and a JSON line. On a CUDA device all train side by side.
+what further searches chose (`--also`, for instance with another score, each with and without its second
+stage), the candidates of its search with the most multiply-accumulates and with the most parameters within
+the budget, random students drawn uniformly from the same space that meet the budget and are within 10 % of
+the chosen student's predicted latency, and the widest MobileNetV2 that meets the budget. Prints a line per
+training as it ends, then a table with 95 % t intervals over the seeds and a JSON line. On a CUDA device all
+train side by side.
 """
 
 from __future__ import annotations
@@ -92,10 +93,13 @@ class Rivals:
             genome = tuple(rows[self._found[key]]["genome"])
             students.append(Student(name, space, self._costed(space, genome, model)))
         for other in self._others:
-            genome = tuple(other["candidates"][other["chosen"]]["genome"])
-            students.append(
-                Student(f"searched by {other['score']}", space, self._costed(space, genome, model))
-            )
+            by = f"searched by {other['score']}"
+            names = {by: other["chosen"]}
+            if "chosen_without_refine" in other:
+                names = {f"{by}, second stage": other["chosen"], by: other["chosen_without_refine"]}
+            for name, row in names.items():
+                genome = tuple(other["candidates"][row]["genome"])
+                students.append(Student(name, space, self._costed(space, genome, model)))
         wanted, first = students[0].candidate.latency_ms, len(students)
         rng = np.random.default_rng(seed)
         while len(students) < first + random:
