@@ -66,14 +66,18 @@ class Attend(nn.Module):
         return made.reshape(-1, width, height, across)
 
 
-def evaluate(model: nn.Module, inputs: Tensor, batch_size: int = 250) -> Tensor:
-    """float32 (N, classes) logits in eval mode without gradients, on the CPU."""
+def evaluate(model: nn.Module, inputs: Tensor, batch_size: int = 250, device: str | None = None) -> Tensor:
+    """float32 (N, classes) logits in eval mode without gradients, on the CPU. They are computed on `device`,
+    from where the network returns; where none is named, where the network is."""
+    home = next((p.device for p in model.parameters()), inputs.device)
+    if device is not None:
+        made = evaluate(model.to(device), inputs, batch_size)
+        model.to(home)
+        return made
     training = {module: module.training for module in model.modules()}
     model.eval()
-    device = next((p.device for p in model.parameters()), inputs.device)
     with torch.inference_mode():
-        made = [as_outputs(model(part.to(device))).logits for part in torch.split(inputs, batch_size)]
-        parts = [logits.float() for logits in made]
+        parts = [as_outputs(model(part.to(home))).logits.float() for part in torch.split(inputs, batch_size)]
     for module, mode in training.items():
         module.training = mode
     return torch.cat(parts).cpu().clone()

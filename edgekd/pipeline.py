@@ -148,7 +148,8 @@ def _check_names(recipe: Recipe) -> None:
         for parts in trainings:
             refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=False)
     check_trackers(recipe)
-    proxy(recipe.search.score)
+    if recipe.search.score != "auto":
+        proxy(recipe.search.score)
     calibrator(recipe.quantize.calibrator)
     scheme_for(find_target(recipe.target), recipe.quantize.learn_offsets)
     if recipe.search.space not in space_names():

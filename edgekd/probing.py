@@ -94,6 +94,14 @@ class Activations(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def rows_of(values: Tensor) -> Tensor:
+    """(N, D) of (N, ...), the values of a map in the order in which they lie in memory: products of rows know
+    none."""
+    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        values = values.permute(0, 2, 3, 1)
+    return values.flatten(1)
+
+
 def weighted_modules(model: nn.Module) -> list[nn.Module]:
     """Convolutions and linear layers, each once."""
     return [module for module in model.modules() if isinstance(module, _WEIGHTED)]

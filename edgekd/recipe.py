@@ -69,12 +69,14 @@ class BudgetRecipe(_Strict, frozen=True):
 
 class SearchRecipe(_Strict, frozen=True):
     """`student`: empty to search one; ``package.module:factory`` or a ``2-student.json`` to bring one.
+    `score`: "auto" is ``nwot`` where a CUDA device trains, and ``diswot``, whose students train faster,
+    elsewhere.
     `finalists` are measured whole where this machine is the target. `refine`: distil `refine_candidates` for
     `refine_epochs`, then `refine_finalists` in full, and take the best."""
 
     student: str = ""
     space: str = "mobile-cnn"
-    score: str = "diswot"
+    score: str = "auto"
     teacher_state: Literal["trained", "random"] = "trained"
     evaluations: _Count = 240
     population: Annotated[int, msgspec.Meta(ge=4)] = 24

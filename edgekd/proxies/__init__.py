@@ -74,6 +74,12 @@ class Trial:
             with untouched(self.student, self.seed):
                 return tapped_forward(self.student, self.inputs, self.classes)
 
+    def forward(self) -> None:
+        """One pass in training mode without gradients, for those who watch it."""
+        fast = self.fresh and isinstance(self.student, Classifier)
+        with torch.no_grad(), fused(self.student) if fast else untouched(self.student, self.seed):
+            self.student(self.inputs)
+
     @cached_property
     def gradients(self) -> list[Tensor]:
         """Gradients of the mean cross-entropy by the student's `edgekd.probing.weights_of`."""

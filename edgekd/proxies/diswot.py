@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.nets import Outputs
+from edgekd.probing import rows_of
 from edgekd.proxies import OutputProxy
 
 _KEPT = 32  # of what depends on a width alone
@@ -16,9 +17,7 @@ _KEPT = 32  # of what depends on a width alone
 
 def _gram(features: Tensor) -> Tensor:
     """Row-normalised ``X X^T`` of flattened features."""
-    if features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last):
-        features = features.permute(0, 2, 3, 1)  # as it lies in memory; products of rows know no order
-    rows = features.flatten(1).float()
+    rows = rows_of(features).float()
     return F.normalize(rows @ rows.T, dim=1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgekd.probing import Activations, untouched
+from edgekd.probing import Activations, rows_of
 from edgekd.proxies import Proxy, Trial
 
 _SMALLEST = 1e-6  # stands in for the zero eigenvalues of images that a network cannot tell apart
@@ -20,14 +20,17 @@ class Nwot(Proxy):
     needs = ("images",)
 
     def measure(self, trial: Trial) -> dict[str, float]:
+        return {name: value.item() for name, value in self.started(trial).items()}
+
+    def started(self, trial: Trial) -> dict[str, Tensor]:
         count = len(trial.inputs)
         kernel = torch.zeros(count, count, dtype=torch.float64, device=trial.inputs.device)
 
         def see(values: Tensor) -> None:
             if len(values) == count:
-                signs = torch.where(values.flatten(1) > 0, 1.0, -1.0)  # s s^T: agreeing minus differing
+                signs = torch.where(rows_of(values) > 0, 1.0, -1.0)  # s s^T: agreeing minus differing
                 kernel.add_((signs @ signs.T + signs.shape[1]) / 2)
 
-        with untouched(trial.student, trial.seed) as student, torch.no_grad(), Activations(see):
-            student(trial.inputs)
-        return {"nwot": torch.linalg.eigvalsh(kernel).clamp(min=_SMALLEST).log().sum().item()}
+        with Activations(see):
+            trial.forward()
+        return {"nwot": torch.linalg.eigvalsh(kernel).clamp(min=_SMALLEST).log().sum()}

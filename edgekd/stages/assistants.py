@@ -120,9 +120,8 @@ def teach_assistants(
         _refuse_changed(bench, blueprint, phases, teacher)
         bench.run.reporter.say(f"  assistant {number} of {len(chosen)}: {assistant.macs / 1e6:.2f} MMACs")
         trained = train(bench, bench.untrained(blueprint), phases, teacher, f"assistant {number}", key)
-        right = accuracy(
-            evaluate(trained.network, bench.validation_inputs).numpy(), bench.data.validation_labels
-        )
+        logits = evaluate(trained.network, bench.validation_inputs, device=bench.device)
+        right = accuracy(logits.numpy(), bench.data.validation_labels)
         bench.run.reporter.say(f"  assistant {number} of {len(chosen)}: {100 * right:.2f} %")
         rows.append(
             {

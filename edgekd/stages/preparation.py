@@ -128,7 +128,7 @@ def prepared_teacher(bench: Bench, key: str) -> tuple[Teacher, dict[str, Any]]:
         bench.run.reporter.step,
     )
     teacher = taught_network(bench, network, f"{given.name}, prepared with mcmi")
-    logits = evaluate(network, bench.validation_inputs)
+    logits = evaluate(network, bench.validation_inputs, device=bench.device)
     right = check_teacher(teacher, logits, bench.data.validation_labels)
     facts = {
         "method": "mcmi",

@@ -213,6 +213,10 @@ def _course(bench: Bench, genome: Genome) -> _Course:
     return _Course(phase, plan, views, labels[learnt], (inputs, right), labelled)
 
 
+def _share(logits: Tensor, right: Tensor) -> float:
+    return float((logits.argmax(1) == right).float().mean())
+
+
 def _network(bench: Bench, genome: Genome) -> nn.Module:
     return bench.untrained(Blueprint(space=bench.recipe.search.space, genome=genome))
 
@@ -240,7 +244,7 @@ class _Store:
         if name not in self._known:
             network = self._trained(course, genome, number)
             inputs, right = course.held_out
-            self._known[name] = float((evaluate(network, inputs).argmax(1) == right).float().mean())
+            self._known[name] = _share(evaluate(network, inputs, device=self._bench.device), right)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"genome": genome, "accuracy": self._known[name]}) + "\n")
         return self._known[name]
@@ -273,7 +277,7 @@ def _full(bench: Bench, found: Found, finalists: list[int], key: str) -> list[di
         mark = f"{key}-{sha256_json(list(genome))[:8]}"
         trained = train(bench, _network(bench, genome), bench.trainings, bench.teacher, label, mark)
         network = deployed(trained.network)
-        right = float((evaluate(network, inputs).argmax(1) == labels).float().mean())
+        right = _share(evaluate(network, inputs, device=bench.device), labels)
         path = bench.run.folder / "checkpoints" / f"finalist-{mark}.safetensors"
         state = {name: value.clone().contiguous() for name, value in network.state_dict().items()}
         write_atomic(path, lambda to, state=state: save_file(state, to))  # type: ignore[misc]

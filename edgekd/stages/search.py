@@ -38,11 +38,10 @@ def run(bench: Bench, *, refined: bool) -> dict[str, Any]:
     model = predictor(bench)
     limits = budget_limits(bench, model)
     evaluate = _Evaluator(bench, model, limits)
-    missing = (
-        [] if evaluate.scorer.teacher is None else left_out(recipe.search.score, evaluate.scorer.teacher)
-    )
+    score, teacher = evaluate.scorer.score, evaluate.scorer.teacher
+    missing = [] if teacher is None else left_out(score, teacher)
     for text in missing:
-        bench.run.reporter.say(f"  left out of the score '{recipe.search.score}': {text}")
+        bench.run.reporter.say(f"  left out of the score '{score}': {text}")
     try:
         with evaluate.workers:
             found = search(
@@ -284,9 +283,16 @@ class _Evaluator:
         self._file.close()
 
 
+def score_of(bench: Bench) -> str:
+    """The search's score; "auto" goes by what trains the students (docs/decisions/0002-search-score.md)."""
+    if bench.recipe.search.score != "auto":
+        return bench.recipe.search.score
+    return "diswot" if bench.device == "cpu" else "nwot"
+
+
 def make_scorer(bench: Bench) -> Scorer:
     """What scores a student, on the device that networks are trained on."""
-    score = bench.recipe.search.score
+    score = score_of(bench)
     inputs, labels = scoring_batch(bench)
     teacher = teacher_outputs(bench, inputs)
     check_teacher(score, proxy(score).needs, teacher)
@@ -321,6 +327,7 @@ def _search_key(bench: Bench, model: CostModel) -> str:
     recipe, before = bench.run.record["recipe"], bench.run.record["stages"]["teacher"]
     later = ("finalists", "refine", "refine_candidates", "refine_epochs", "refine_finalists")
     how = {key: value for key, value in recipe["search"].items() if key not in later}
+    how["score"] = score_of(bench)
     parts = [recipe["seed"], how, recipe["budget"], recipe["quantize"]["mode"], model.kind, model.device]
     parts += [] if model.table is None else [model.table.line, model.table.entries_ms]
     return sha256_json([before["inputs_sha256"], before["outputs_sha256"], parts, bench.run.target])
@@ -329,7 +336,7 @@ def _search_key(bench: Bench, model: CostModel) -> str:
 def _metrics(bench: Bench, found: Found, model: CostModel, limits: Limits) -> dict[str, Any]:
     rows = zip(found.candidates, found.score, found.feasible, found.generation, strict=True)
     return {
-        "score": bench.recipe.search.score,
+        "score": score_of(bench),
         "teacher_state": bench.recipe.search.teacher_state,
         "algorithm": bench.recipe.search.algorithm,
         "evaluated": len(found.candidates),

@@ -192,7 +192,7 @@ def _fill_stores(stages: Sequence[Stage]) -> None:
 def _right(bench: Bench, network: nn.Module) -> NDArray[np.bool_]:
     """Which held-out images a network gets right."""
     inputs, labels = bench.selection
-    return correct(evaluate(network, inputs).numpy(), labels.numpy())
+    return correct(evaluate(network, inputs, device=bench.device).numpy(), labels.numpy())
 
 
 def _row(phase: Phase, found: Ranked, right: Right) -> dict[str, Any]:

@@ -10,15 +10,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from edgekd.errors import InfeasibleBudgetError
 from edgekd.recipe import load_recipe
 from edgekd.search import Candidate, Effort, Found, Genome, Limits, choose, front_in_words, search
-from edgekd.stages.search import _leave, _stored
+from edgekd.stages.search import _leave, _stored, score_of
 from edgekd.target import find_target
+
+if TYPE_CHECKING:
+    from edgekd.stages.bench import Bench
 
 CHOICES = (4, 3, 2, 5, 3)
 UNLIMITED = Limits(None, None, None)
@@ -348,13 +351,14 @@ def test_among_students_of_like_score_the_larger_is_chosen() -> None:
 # ---------------------------------------------------------------- stored evaluations
 
 
-def _bench(started: str | None = None, budget: float = 1.0, target: str = "x86") -> Any:
+def _bench(started: str | None = None, budget: float = 1.0, target: str = "x86", device: str = "cpu") -> Any:
     recipe = {"seed": 0, "search": {"evaluations": 8}, "budget": {"max": budget}, "quantize": {"mode": "qat"}}
     teacher = {"inputs_sha256": "abc", "outputs_sha256": "def"}
     record: dict[str, Any] = {"stages": {"teacher": teacher}, "recipe": recipe}
     if started is not None:
         record["search_started"] = started
-    return SimpleNamespace(run=SimpleNamespace(record=record, save=lambda: None, target=target))
+    run = SimpleNamespace(record=record, save=lambda: None, target=target)
+    return SimpleNamespace(run=run, recipe=load_recipe(None, {}), device=device)
 
 
 def _costs(line: dict[str, float] | None = None, kind: str = "layer-table") -> Any:
@@ -381,8 +385,8 @@ def test_stored_evaluations_are_used_up_to_a_torn_line(tmp_path: Path) -> None:
     assert path.read_text() == "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize("change", [{"budget": 2.0}, {"target": "jetson"}])
-def test_evaluations_for_another_budget_or_device_are_not_used(
+@pytest.mark.parametrize("change", [{"budget": 2.0}, {"target": "jetson"}, {"device": "cuda"}])
+def test_evaluations_for_another_budget_device_or_score_are_not_used(
     change: dict[str, Any], tmp_path: Path
 ) -> None:
     """Beyond a budget nothing was scored: reused under a wider one, such students would look hopeless."""
@@ -397,6 +401,15 @@ def test_evaluations_with_other_predicted_costs_are_not_used(model: Any, tmp_pat
     path = tmp_path / "search.jsonl"
     key = _store(path, _bench(), _row(0, 0, 0, 0, 0))
     assert _stored(path, _bench(key), model) == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "score"),
+    [("auto", "cpu", "diswot"), ("auto", "cuda", "nwot"), ("synflow", "cuda", "synflow")],
+)
+def test_the_score_is_the_one_asked_for_or_goes_by_what_trains(asked: str, device: str, score: str) -> None:
+    recipe = load_recipe(None, {"search.score": asked})
+    assert score_of(cast("Bench", SimpleNamespace(recipe=recipe, device=device))) == score
 
 
 def test_of_a_sum_each_score_counts_alike() -> None:

@@ -166,7 +166,7 @@ class Trainings:
             ]
             fit_together(stages, lambda what, done, total: None)
             for lesson, job in zip(lessons, part, strict=True):
-                logits = evaluate(lesson.deploy(), bench.validation_inputs).numpy()
+                logits = evaluate(lesson.deploy(), bench.validation_inputs, device=bench.device).numpy()
                 yield job, accuracy(logits, bench.data.validation_labels)
 
 
