@@ -76,6 +76,22 @@ def test_images_that_are_not_square_have_the_table_of_their_longer_side(
     assert said[0].startswith("  latency by the table of mobile-cnn, 1x24x24, 3 classes (median error 4 %")
 
 
+@pytest.mark.parametrize("own", [{}, {"budget.max_latency_ms": 0.2}])
+def test_under_a_latency_of_ones_own_the_error_of_a_sum_of_layers_is_told(
+    own: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative budget is corrected by the finalists' measurements; an absolute one cannot be."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("edgekd.cost.is_this_machine", lambda _: True)
+    said = list[str]()
+    run = SimpleNamespace(target=find_target("x86-avx2"), reporter=SimpleNamespace(say=said.append))
+    recipe = load_recipe(None, {"target": "x86-avx2", **own})
+    model = predictor(SimpleNamespace(recipe=recipe, run=run, spec=SPEC))  # type: ignore[arg-type]
+    assert model.kind == "layer-table"
+    assert len(said) == len(own)
+    assert all("edgekd targets calibrate x86-avx2 --precision int8 --image-size 16" in text for text in said)
+
+
 def test_a_teacher_of_another_image_size_is_refused_with_the_sizes(tmp_path: Path) -> None:
     """A classifier of flattened maps takes images of one size alone."""
     network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 32 * 32, 3))
