@@ -9,6 +9,7 @@ from edgekd.report.facts import Record, text
 from edgekd.report.fidelity import fidelity_section
 from edgekd.report.headlines import kinds_section, verdict_section
 from edgekd.report.markup import Markup, embedded_json, join, tag
+from edgekd.report.searching import search_section
 from edgekd.report.sensitivity import sensitivity_section
 from edgekd.report.style import CSS, SCRIPT
 from edgekd.report.teaching import methods_section, teaching_section
@@ -16,7 +17,7 @@ from edgekd.report.teaching import methods_section, teaching_section
 _SECTIONS: tuple[tuple[str, str, Callable[[Record], Markup]], ...] = (
     ("accuracy", "Accuracy, step by step", sections.ladder_section),
     ("runtimes", "Runtimes", sections.runtimes_section),
-    ("search", "Search", sections.search_section),
+    ("search", "Search", search_section),
     ("training", "Training", sections.training_section),
     ("teaching", "Teachers and phases", teaching_section),
     ("methods", "Methods tried", methods_section),

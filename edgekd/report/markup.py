@@ -47,6 +47,16 @@ def join(parts: Iterable[object], between: str = "") -> Markup:
     return Markup(html.escape(between).join(map(escape, parts)))
 
 
+def pairs(items: Iterable[tuple[str, object]]) -> Markup:
+    """A list of names and values; those without a value are left out."""
+    shown = [(name, value) for name, value in items if value not in ("", None, NONE)]
+    return (
+        tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in shown))
+        if shown
+        else Markup()
+    )
+
+
 def verdict_chip(verdict: str) -> Markup:
     """A verdict as word, sign and colour."""
     known = verdict if verdict in _MARKS else "NOT_MEASURED"

@@ -6,16 +6,7 @@ import json
 
 from edgekd.report import charts, facts
 from edgekd.report.facts import Record, dig, number, rows, tables, text
-from edgekd.report.markup import Markup, clean, figure_cell, join, kind_chip, table, tag, verdict_chip
-
-
-def _pairs(items: list[tuple[str, object]]) -> Markup:
-    shown = [(name, value) for name, value in items if value not in ("", None, facts.NONE)]
-    return (
-        tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in shown))
-        if shown
-        else Markup()
-    )
+from edgekd.report.markup import Markup, clean, figure_cell, join, kind_chip, pairs, table, tag, verdict_chip
 
 
 def ladder_section(record: Record) -> Markup:
@@ -61,60 +52,6 @@ def runtimes_section(record: Record) -> Markup:
                  charts.variant_scatter(record)))  # fmt: skip
 
 
-_BUDGET = (
-    ("max_latency_ms", "predicted latency", facts.milliseconds),
-    ("max_size_mib", "size", facts.size),
-    ("max_macs", "MACs", facts.count),
-)
-
-
-def search_section(record: Record) -> Markup:
-    """The candidates, and how the chosen one was predicted."""
-    search = dig(record, "metrics", "search")
-    if not search:
-        return Markup()
-    model = dig(search, "cost_model")
-    error = number(model, "error_percent")
-    measured = number(search, "latency_measured_ms")
-    budget = [f"{name} ≤ {show(value)}" for key, name, show in _BUDGET
-              if (value := number(search, "budget", key)) is not None]  # fmt: skip
-    given = dig(search, "given")
-    evaluated, dropped = (None, None) if given else (number(search, k) for k in ("evaluated", "dropped"))
-    seconds = number(search, "seconds")
-    described = [
-        ("student", _given(given) if given else ""),
-        ("evaluated", f"{facts.count(evaluated)} candidates"
-            + (f" in {facts.duration(seconds)}" if seconds is not None else "")
-            + (f", {dropped:.0f} dropped" if dropped else "") if evaluated is not None else ""),
-        ("cost model", f"{text(model, 'kind') or 'not recorded'}"
-            + (f" for {text(model, 'device')}" if text(model, "device") else "")
-            + (f", error about {facts.significant(error, 2)} %" if error is not None else ", error not known")
-            + (f"; {text(model, 'note')}" if text(model, "note") else "")),
-        ("budget", "; ".join(budget) or "none"),
-        ("chosen, measured", f"{facts.milliseconds(measured)} on {text(search, 'latency_measured_on')}"
-            if measured is not None else ""),
-        ("architecture", " → ".join(facts.strings(record, "metrics", "student_float", "architecture"))),
-    ]  # fmt: skip
-    return join((_pairs([(name, value) for name, value in described]), charts.search_scatter(record)))
-
-
-def _given(given: Record) -> str:
-    """A student that was not searched: from where, what it costs, and how far that is beyond the budget."""
-    excess = dig(given, "excess")
-    beyond = ", ".join(f"{name} by {facts.percent(number(excess, name), 0)}" for name in excess or {})
-    latency, reason = number(given, "latency_ms"), text(given, "reason") or facts.NO_REASON
-    parts = (
-        f"given, not searched: {text(given, 'source')}",
-        f"{facts.count(number(given, 'parameters'))} parameters, {facts.count(number(given, 'macs'))} MACs, "
-        f"{facts.size(number(given, 'size_mib'))}",
-        f"latency not predicted: {reason}"
-        if latency is None
-        else f"predicted latency {facts.milliseconds(latency)}",
-        f"beyond the budget of a search: {beyond}" if beyond else "",
-    )
-    return "; ".join(part for part in parts if part)
-
-
 def training_section(record: Record) -> Markup:
     """Distillation and quantization-aware training."""
     distill = dig(record, "metrics", "distill")
@@ -131,7 +68,7 @@ def training_section(record: Record) -> Markup:
             "float; agrees with the teacher on "
             f"{facts.percent(number(student, 'top1_agreement'))} of the samples" if student else ""),
     ]  # fmt: skip
-    return join((_pairs(described), drawing))
+    return join((pairs(described), drawing))
 
 
 def gate_section(record: Record) -> Markup:
@@ -201,7 +138,7 @@ def precision_section(record: Record) -> Markup:
         for name, row in found.items()
     ]
     heads = ("runtime", "asked for", "int8 of nodes", "int8 of MACs", "really executed, by node")
-    return join((_pairs(described), table(heads, body, numeric=(2, 3)) if body else ""))
+    return join((pairs(described), table(heads, body, numeric=(2, 3)) if body else ""))
 
 
 def _executed(row: Record) -> str:
@@ -257,7 +194,7 @@ def environment_section(record: Record) -> Markup:
     recipe = tables(record).get("recipe", {})
     shown = clean(json.dumps(recipe, indent=2, default=str, ensure_ascii=False)) if recipe else ""
     block = tag("details", tag("summary", "Resolved recipe"), tag("pre", shown)) if shown else ""
-    return join((_pairs(described), block))
+    return join((pairs(described), block))
 
 
 def stages_section(record: Record) -> Markup:

@@ -98,14 +98,16 @@ def refine(bench: Bench, found: Found, scorer: Scorer, key: str) -> tuple[int, d
     position = {row: number for number, row in enumerate(rows)}
     score = np.array([found.score[row] or 0.0 for row in rows])
     macs = [found.candidates[row].macs for row in rows]
-    reasons = {
-        found.chosen: "chosen by score and MACs",
-        found.by_macs: "largest that fits",
-        found.by_parameters: "most parameters",
-        rows[int(np.argmax(score))]: "best by score",
-    }
     nwot = features[:, names.index("nwot")]
-    reasons.setdefault(rows[int(np.argmax(ranks(nwot) + ranks(macs)))], "best by NWOT and MACs")
+    reasons: dict[int, str] = {}
+    for row, why in (
+        (found.chosen, "chosen by score and MACs"),
+        (found.by_macs, "largest that fits"),
+        (found.by_parameters, "most parameters"),
+        (rows[int(np.argmax(score))], "best by score"),
+        (rows[int(np.argmax(ranks(nwot) + ranks(macs)))], "best by NWOT and MACs"),
+    ):
+        reasons[row] = f"{reasons[row]}, {why}" if row in reasons else why
     forced = [position[row] for row in reasons]
     merit = score + spread_of(macs)
     first = shortlist(features, merit, forced, min(recipe.refine_candidates, len(rows)))

@@ -212,6 +212,20 @@ def _search(rng: random.Random) -> dict[str, Any]:
             ],
             "chosen_by_prediction": allowed[0],
         },
+        "refine": {
+            "epochs": 4,
+            "images": 5700,
+            "held_out": 5700,
+            "compared_by": "labels",
+            "trained": [
+                {"row": allowed[1], "why": "best and most diverse", "accuracy": 0.8567, "predicted": None},
+                {"row": allowed[0], "why": "largest that fits", "accuracy": 0.8456, "predicted": 0.8345},
+            ],
+            "ridge": {"strength": 3.0, "left_out_tau": 0.61, "fitted_on": 16, "features": ["macs"]},
+            "finalists": [{"row": allowed[0], "selection_accuracy": 0.9123}],
+            "control": allowed[0],
+            "chosen": allowed[0],
+        },
         "latency_measured_ms": 0.171,
         "latency_measured_on": CPU,
     }

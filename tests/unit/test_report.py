@@ -428,6 +428,20 @@ def test_a_finalist_tells_its_predicted_and_its_measured_latency() -> None:
     assert "finalist at its measured latency" not in html_report(record)
 
 
+def test_the_second_stage_shows_each_short_training_and_marks_the_chosen() -> None:
+    record = sample_record.full_record()
+    page = html_report(record)
+    rows = re.findall(r"<tr[^>]*>(?:(?!</tr>).)*(?:largest that fits|best and most diverse).*?</tr>", page)
+    told = [re.sub(r"<[^>]+>", " ", row).split() for row in rows]
+    assert [row[-1] for row in told] == ["—", "ms"]  # latency measured
+    assert "85.67" in told[0]
+    assert {"84.56", "83.45", "91.23", "0.123"} <= set(told[1])
+    assert ["target" in row for row in rows] == [False, True]
+    assert "τ 0.61 for those left out" in page
+    del record["metrics"]["search"]["refine"]
+    assert "Second stage" not in html_report(record)
+
+
 def test_a_candidate_that_was_not_scored_tells_which_and_why() -> None:
     record = sample_record.full_record()
     found = record["metrics"]["search"]["candidates"]
