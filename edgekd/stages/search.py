@@ -30,6 +30,8 @@ from edgekd.stages.scorer import OneThread, Scorer, in_groups, one_by_one
 from edgekd.tasks.classification import normalise, to_tensor
 from edgekd.teacher import run_in_batches
 
+_FAR_OFF_PERCENT = 25  # of a prediction that the user is told of
+
 
 def run(bench: Bench, *, refined: bool) -> dict[str, Any]:
     """Metric `search`, with a second stage where it is `refined`; leaves ``2-student.json``. Evaluations are
@@ -65,10 +67,16 @@ def run(bench: Bench, *, refined: bool) -> dict[str, Any]:
     }
     metrics["search"]["left_out"] = missing
     if measured is not None and model.error_percent is None:
+        error = measured.error_percent(found)
         metrics["search"]["cost_model"] |= {
-            "error_percent": measured.error_percent(found),
+            "error_percent": error,
             "note": f"{model.note}; error: that of the finalists, {len(measured.measured_ms)} measured",
         }
+        if error > _FAR_OFF_PERCENT:
+            correct = calibrate_command(recipe.target, executed_precision(bench), _subject(bench))
+            bench.run.reporter.say(
+                f"  finalists measured: predictions are {error:.0f} % off; {correct} corrects them"
+            )
     if refined:
         resolved = bench.run.record["recipe"]
         how = [resolved["distill"], resolved["data"], recipe.search.refine_epochs]
@@ -129,12 +137,8 @@ def _remeasured(chosen: int, measured: Measured | None) -> dict[str, Any]:
 def predictor(bench: Bench, space: str | None = None) -> CostModel:
     """What predicts the costs of students of `space`, by default the recipe's; says which table it is. Layers
     are counted for square images of the longer side."""
-    target, precision, spec = bench.run.target, executed_precision(bench), bench.spec
-    name = bench.recipe.target
-    space = bench.recipe.search.space if space is None else space
-    channels, height, width = spec.input_shape
-    side = max(height, width)
-    subject = Subject(space, (channels, side, side), len(spec.classes))
+    target, precision, name = bench.run.target, executed_precision(bench), bench.recipe.target
+    subject = _subject(bench, space)
     model = cost_model(target, precision, subject)
     told = told_tables(target, name, precision, subject, model.table)
     if isinstance(model, Roofline) and not model.known:
@@ -147,6 +151,14 @@ def predictor(bench: Bench, space: str | None = None) -> CostModel:
     if told:
         bench.run.reporter.say(f"  {told}")
     return model
+
+
+def _subject(bench: Bench, space: str | None = None) -> Subject:
+    """What a table of layers has to be about."""
+    channels, height, width = bench.spec.input_shape
+    side = max(height, width)
+    space = bench.recipe.search.space if space is None else space
+    return Subject(space, (channels, side, side), len(bench.spec.classes))
 
 
 def executed_precision(bench: Bench) -> str:
