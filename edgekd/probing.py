@@ -205,14 +205,29 @@ def linear_saliency(
 
 def layer_macs(model: nn.Module, input_shape: torch.Size) -> dict[str, int]:
     """Multiply-accumulates of one image through each convolution and linear layer that ran, by its path."""
+
+    def each(module: nn.Module) -> int:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return int(module.in_features) if isinstance(module, nn.Linear) else weight[0].numel()
+
+    return {path: sum(each(module) * values for module, values in ran)
+            for path, ran in _ran(model, input_shape).items()}  # fmt: skip
+
+
+def layer_values(model: nn.Module, input_shape: torch.Size) -> dict[str, int]:
+    """Values that each convolution and linear layer that ran made of one image, by its path."""
+    return {path: sum(values for _, values in ran) for path, ran in _ran(model, input_shape).items()}
+
+
+def _ran(model: nn.Module, input_shape: torch.Size) -> dict[str, list[tuple[nn.Module, int]]]:
+    """Convolutions and linear layers by path, with the number of values of each run."""
     paths = {module: path for path, module in model.named_modules()}
-    found: dict[str, int] = {}
+    found: dict[str, list[tuple[nn.Module, int]]] = {}
 
     def add(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        weight = module.weight
-        if isinstance(weight, Tensor):
-            each = module.in_features if isinstance(module, nn.Linear) else weight[0].numel()
-            found[paths[module]] = found.get(paths[module], 0) + output[0].numel() * int(each)
+        if isinstance(module.weight, Tensor):
+            found.setdefault(paths[module], []).append((module, output[0].numel()))
 
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]

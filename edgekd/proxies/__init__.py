@@ -25,6 +25,7 @@ _TABLE = {
     "semantic": "edgekd.proxies.diswot:Semantic",
     "params": "edgekd.proxies.params:Parameters",
     "macs": "edgekd.proxies.macs:Macs",
+    "activations": "edgekd.proxies.activations:LayerValues",
     "live-macs": "edgekd.proxies.macs:LiveMacs",
     "gradnorm": "edgekd.proxies.gradnorm:GradNorm",
     "snip": "edgekd.proxies.snip:Snip",

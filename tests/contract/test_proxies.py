@@ -447,6 +447,8 @@ def test_counts_are_those_of_the_network() -> None:
     macs = count_macs(student, (3, 12, 12))
     assert proxy("macs").measure(trial(student)) == {"macs": macs}
     assert proxy("live-macs").measure(trial(student)) == {"live-macs": macs}
+    values = 144 * (8 + 8) + 36 * 16 + 4  # 12 x 12 and 6 x 6 pixels; the classifier's
+    assert proxy("activations").measure(trial(student)) == {"activations": values}
     dead = Dead()
     assert proxy("live-macs").measure(trial(dead))["live-macs"] < count_macs(dead, (3, 12, 12))
 

@@ -31,12 +31,13 @@ from torch import nn
 
 from edgekd.cost import CostModel
 from edgekd.plan import probe
+from edgekd.ranking import kendall_tau, ranks
 from edgekd.recipe import load_recipe
 from edgekd.run import Run, Silent
 from edgekd.search import Candidate, Limits
 from edgekd.spaces import SearchSpace
 from edgekd.stages.bench import Bench
-from edgekd.stages.search import predictor
+from edgekd.stages.search import make_scorer, predictor
 from edgekd.stages.training import Course
 from edgekd.target import find_target
 from edgekd.tasks.classification import accuracy
@@ -201,6 +202,25 @@ def table(students: list[Student], made: dict[tuple[str, int], float], seeds: li
     return "\n".join(lines)
 
 
+def orders(
+    bench: Bench, scores: list[str], students: list[Student], made: dict[tuple[str, int], float]
+) -> str:
+    """Kendall's tau of each score with the mean accuracy of the different students of the space, alone and
+    with the ranks of the multiply-accumulates added."""
+    scorer = replace(make_scorer(bench), score="+".join(scores))
+    ours = {student.key: student for student in students if student.space is bench.space}
+    different = list(ours.values())
+    right = [statistics.mean(a for (key, _), a in made.items() if key == s.key) for s in different]
+    terms = [scorer(student.candidate.genome) for student in different]
+    macs = ranks([s.candidate.macs for s in different])
+    lines = ["| score | tau | with MACs |", "|---|---|---|"]
+    for name in terms[0]:
+        values = [found[name] for found in terms]
+        both = ranks(values) + macs
+        lines.append(f"| {name} | {kendall_tau(values, right):.2f} | {kendall_tau(both, right):.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
@@ -211,6 +231,7 @@ def main() -> None:
     parser.add_argument(
         "--also", type=Path, nargs="+", default=[], help="runs whose chosen students compete too"
     )
+    parser.add_argument("--scores", nargs="+", default=[], help="print how these order the students")
     parser.add_argument("--done", type=Path, help="JSON lines of finished trainings, read and added to")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.run / "recipe.toml", {"threads": arguments.threads})
@@ -228,6 +249,8 @@ def main() -> None:
             with arguments.done.open("a") as file:
                 file.write(line + "\n")
     print(table(students, made, arguments.seeds))
+    if arguments.scores:
+        print(orders(bench, arguments.scores, students, made))
     means = {s.name: statistics.mean(made[s.key, seed] for seed in arguments.seeds) for s in students}
     drawn = [mean for name, mean in means.items() if name.startswith("random")]
     facts = {"epochs": arguments.epochs, "seeds": arguments.seeds, "accuracy": means}
