@@ -104,7 +104,7 @@ class StudentError(EdgekdError):
 
 
 class DeviceMemoryError(EdgekdError):
-    """A training step does not fit into the memory of the CUDA device."""
+    """A training step does not fit into the memory of the CUDA device, or of the machine."""
 
     exit_code = 22
 
@@ -118,7 +118,8 @@ class DeviceError(EdgekdError):
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> tuple[str, str]:
     """Message and hint for a name that is not in a table, with the nearest known name."""
     names = sorted(known)
-    near = difflib.get_close_matches(got, names, n=1)
+    near = difflib.get_close_matches(got.strip().lower(), [name.lower() for name in names], n=1)
+    near = [name for name in names if name.lower() in near]
     hint = f"did you mean '{near[0]}'?" if near else "choose one of those"
     return f"unknown {kind} '{got}'; known: {', '.join(names)}", hint
 

@@ -232,11 +232,22 @@ def _method_row(name: str) -> dict[str, Any]:
         "teacher": list(needs.teacher),
         "student": list(needs.student),
         "labels": needs.labels,
-        "black_box": bool(needs.teacher) and not needs.torch_teacher,
+        "black_box": not (needs.torch_teacher or needs.classifier),
+        "blends": needs.mixable,
         "weight": made_by.weight,
         "hard_weight": made_by.hard_weight,
         "source": (inspect.getdoc(module) or "").partition("\n\n")[0].replace("\n", " "),
     }
+
+
+_METHOD_KEYS = {  # of a row, with what `show` calls them
+    "parts": "parts",
+    "teacher": "taps of the teacher",
+    "student": "taps of the student",
+    "labels": "reads labels",
+    "black_box": "teacher may be a black box",
+    "blends": "learns from blended images",
+}
 
 
 @methods.command("list")
@@ -249,9 +260,10 @@ def methods_list(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows))
         return
+    click.echo(f"{'name':10} {'parts':17} {'of the teacher':18} source")
     for row in rows:
-        teacher = ", ".join(row["teacher"]) or "none"
-        click.echo(f"{row['name']:10} {'+'.join(row['parts']):12} teacher: {teacher:18} {row['source']}")
+        teacher = ", ".join(row["teacher"]) or "-"
+        click.echo(f"{row['name']:10} {'+'.join(row['parts']):17} {teacher:18} {row['source']}")
 
 
 @methods.command("show")
@@ -259,8 +271,9 @@ def methods_list(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def methods_show(name: str, as_json: bool) -> None:
     """What a method is, needs and can be told. Example: edgekd methods show dkd"""
-    from edgekd.distillers import distiller_names, method_class
+    from edgekd.distillers import distiller_names, method_class, own_name
 
+    name = own_name(name)
     if name not in distiller_names():
         raise UsageError(*unknown_name("distillation method", name, distiller_names()))
     made_by = method_class(name)
@@ -274,10 +287,12 @@ def methods_show(name: str, as_json: bool) -> None:
         click.echo(json.dumps(row, default=str))
         return
     click.echo(f"{row['name']}: {row['source']}\n\n{row.pop('text')}\n")
-    for key in ("parts", "teacher", "student", "labels", "black_box", "weight", "hard_weight"):
+    for key, meaning in _METHOD_KEYS.items():
         value = row[key]
-        click.echo(f"  {key.replace('_', ' '):12} {', '.join(value) if isinstance(value, list) else value}")
-    for option, default in options.items():
+        shown = ", ".join(value) or "-" if isinstance(value, list) else {True: "yes", False: "no"}[value]
+        click.echo(f"  {meaning:28} {shown}")
+    weights = {"weight": row["weight"], "hard_weight": row["hard_weight"]}
+    for option, default in (weights | options).items():
         click.echo(f"  --set distill.options.{name}.{option}={json.dumps(default, default=str)}")
 
 

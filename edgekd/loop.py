@@ -292,11 +292,15 @@ class Loop:
         values = self._terms.tolist()
         culprits = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
         step = epoch * stage.steps_per_epoch + number + 1
+        kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "no epoch was finished"
+        rate = f"{stage.rate_key or f'{stage.name}.learning_rate'}={stage.learning_rate / 3:.1g}"
+        lower = f"lower the rate: --set {rate}"
+        if step == 1:  # nothing has been learnt yet
+            lower = "no rate changes the first step: look at the options of its methods and at the weights"
         raise TrainingDivergedError(
             f"{stage.name}: the loss became {loss} {'at' if self.device.type == 'cpu' else 'before'} "
             f"step {step} (epoch {epoch + 1}), in the term of: {', '.join(culprits)}",
-            f"the checkpoint of epoch {epoch} is kept; lower the rate: "
-            f"--set {stage.rate_key or f'{stage.name}.learning_rate'}={stage.learning_rate / 3:.1g}",
+            f"{kept}; {lower}",
         )
 
     def close_epoch(self, epoch: int, seconds: float) -> None:

@@ -135,7 +135,7 @@ def _teacher_files(recipe: Recipe) -> list[str]:
 
 def _check_names(recipe: Recipe) -> None:
     """Refuse an unknown method, score, space or calibrator before any work, not when its stage comes; and a
-    method that needs labels which some images will not have.
+    method that needs what a black box does not give, or labels which some images will not have.
 
     Raises:
         UsageError: names the unknown one and the nearest known one.
@@ -143,10 +143,12 @@ def _check_names(recipe: Recipe) -> None:
     """
     trainings = check_curriculum(recipe)
     check_refinable(recipe)
-    if has_unlabelled(recipe.data):
-        taps = ("logits",) if recipe.teacher.source.endswith(".onnx") else TAPS
-        for parts in trainings:
-            refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=False)
+    taps, labels = (
+        ("logits",) if recipe.teacher.source.endswith(".onnx") else TAPS,
+        not has_unlabelled(recipe.data),
+    )
+    for parts in trainings:
+        refuse_unmet(parts, teacher_taps=taps, student_taps=TAPS, labels=labels)
     check_trackers(recipe)
     if recipe.search.score != "auto":
         proxy(recipe.search.score)

@@ -97,17 +97,21 @@ def within_memory(batch_size: int) -> Iterator[None]:
     """Steps of `batch_size` images run inside.
 
     Raises:
-        DeviceMemoryError: they do not fit into the memory of the CUDA device.
+        DeviceMemoryError: they do not fit into the memory of the device, or of the machine.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        gpu, machine = isinstance(error, torch.OutOfMemoryError), isinstance(error, MemoryError)
+        if not (gpu or machine or "DefaultCPUAllocator: can't allocate memory" in str(error)):
+            raise
         first = (str(error).splitlines() or [""])[0].partition(". ")[0]
         raise DeviceMemoryError(
-            f"{batch_size} images a step do not fit into the memory of the device: {first}",
+            f"{batch_size} images a step do not fit into the memory of the {'device' if gpu else 'machine'}: "
+            f"{first or type(error).__name__}",
             f"try half of it: --set distill.batch_size={batch_size // 2}"
             if batch_size >= 4
-            else "free memory on the device, or train on the processor: --set device=cpu",
+            else f"free memory{' on the device, or train on the processor: --set device=cpu' * gpu}",
         ) from error
 
 

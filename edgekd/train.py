@@ -29,7 +29,7 @@ def fit_together(stages: Sequence[Stage], progress: Progress) -> list[list[dict[
 
     Raises:
         TrainingDivergedError: a loss is not finite; the checkpoint of the last epoch is kept.
-        DeviceMemoryError: the steps do not fit into the memory of the CUDA device.
+        DeviceMemoryError: the steps do not fit into the memory of the device.
     """
     first = stages[0]
     if len(stages) > 1 and first.ranks.count > 1:  # streams side by side would mix up their messages

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from edgekd.errors import UsageError, unknown_name
 from edgekd.nets import Batch, Outputs
+
+# Types of the options of methods: what `methods` lets through.
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Whole = Annotated[int, msgspec.Meta(ge=0)]
 
 _TABLE = {
     "kd": "edgekd.distillers.kd:Kd",
@@ -66,6 +75,8 @@ _TABLE = {
     "bsd": "edgekd.distillers.bsd:Bsd",
     "hard": "edgekd.distillers.hard:Hard",
 }
+_WEIGHTS = ("weight", "hard_weight")  # options of every method
+_ALIASES = {"hints": "fitnet"}  # other names that are in use
 
 
 @dataclass(frozen=True)
@@ -159,17 +170,29 @@ def methods(method: str, options: dict[str, dict[str, Any]] | None = None) -> tu
     An option is an argument of the method's class, or ``weight`` or ``hard_weight``.
 
     Raises:
-        UsageError: a name is not in the table, or an option not one of the method.
+        UsageError: a name is not in the table or there twice, or an option is not one of the method or has a
+            value that it cannot have.
     """
     options = options or {}
     names = method.split("+")
     for name in names:
-        if name not in _TABLE:
+        if name not in _TABLE and name not in _ALIASES:
             raise UsageError(*unknown_name("distillation method", name, _TABLE))
+    own = [own_name(name) for name in names]
+    if twice := [name for name, count in Counter(own).items() if count > 1]:
+        raise UsageError(
+            f"method '{method}' names '{twice[0]}' more than once",
+            f"name it once; its weight is an option: --set distill.options.{twice[0]}.weight=2",
+        )
     for name in options:
         if name not in names:
             raise UsageError(f"distill.options names '{name}', the method is '{method}'")
     return tuple(_make(name, options.get(name, {})) for name in names)
+
+
+def own_name(name: str) -> str:
+    """The name in the table of a method that may be called by another one."""
+    return _ALIASES.get(name, name)
 
 
 def plain(name: str) -> bool:
@@ -180,21 +203,30 @@ def plain(name: str) -> bool:
 
 def method_class(name: str) -> type[Distiller]:
     """The class behind a name of the table."""
-    module, _, attribute = _TABLE[name].partition(":")
+    module, _, attribute = _TABLE[own_name(name)].partition(":")
     found: type[Distiller] = getattr(importlib.import_module(module), attribute)
     return found
 
 
 def _make(name: str, options: dict[str, Any]) -> Distiller:
     made_by = method_class(name)
-    known = {"weight", "hard_weight", *inspect.signature(made_by).parameters}
-    for option in options:
-        if option not in known:
-            raise UsageError(*unknown_name(f"option of method {name}:", option, sorted(known)))
-    weights = {key: float(options[key]) for key in ("weight", "hard_weight") if key in options}
-    made = made_by(**{key: value for key, value in options.items() if key not in weights})
-    for key, value in weights.items():
-        setattr(made, key, value)
+    types: dict[str, Any] = dict.fromkeys(_WEIGHTS, NonNegative)
+    if inspect.signature(made_by).parameters:
+        hints = get_type_hints(made_by.__init__, include_extras=True)
+        types |= {option: kind for option, kind in hints.items() if option != "return"}
+    given = {}
+    for option, value in options.items():
+        if option not in types:
+            raise UsageError(*unknown_name(f"option of method {name}:", option, sorted(types)))
+        try:
+            given[option] = msgspec.convert(value, types[option])
+        except msgspec.ValidationError as error:
+            raise UsageError(
+                f"option of method {name}: {option} = {value!r}: {error}", f"edgekd methods show {name}"
+            ) from error
+    made = made_by(**{option: value for option, value in given.items() if option not in _WEIGHTS})
+    for option in given.keys() & set(_WEIGHTS):
+        setattr(made, option, given[option])
     return made
 
 
@@ -233,6 +265,20 @@ def refuse_unmet(
             name = next(n for n in _TABLE if method_class(n) is type(distiller))
             fit = [n for n in _TABLE if not unmet(method_class(n).needs)]
             raise UsageError(f"method '{name}' needs {reason}", f"methods that fit: {', '.join(fit)}")
+
+
+def refuse_blends(distillers: Sequence[Distiller], *, blends: bool) -> None:
+    """Check that all methods can learn from the images of the views; `blends`: some are mixtures of two.
+
+    Raises:
+        UsageError: names the methods that cannot.
+    """
+    unfit = ", ".join(type(one).__name__.lower() for one in distillers if not one.needs.mixable)
+    if blends and unfit:
+        raise UsageError(
+            f"data.augment blends images ('-mix'), and method {unfit} cannot learn from a blend",
+            "--set data.augment=crop",
+        )
 
 
 def refuse_wraps(method: str) -> None:

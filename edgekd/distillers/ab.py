@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.adapters import seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Distiller, Needs, Positive, Setting, Share
 from edgekd.maps import paired
 from edgekd.nets import Batch, Outputs
 
@@ -43,7 +43,7 @@ class Ab(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, margin: float = 1.0, share: float = 30 / 270) -> None:
+    def __init__(self, margin: Positive = 1.0, share: Share = 30 / 270) -> None:
         super().__init__()
         self.margin, self.share = margin, share
 

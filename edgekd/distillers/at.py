@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, Positive
 from edgekd.maps import paired
 from edgekd.nets import Batch, Outputs
 
@@ -28,7 +28,7 @@ class At(Distiller):
     weight = 1000.0
     hard_weight = 1.0
 
-    def __init__(self, power: float = 2.0) -> None:
+    def __init__(self, power: Positive = 2.0) -> None:
         super().__init__()
         self.power = power
 

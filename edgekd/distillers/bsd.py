@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Count, Distiller, Needs, NonNegative, Setting
 from edgekd.nets import Batch, Outputs, wide
 from edgekd.taps import Tapped
 from edgekd.tasks.classification import hard_label_loss
@@ -73,10 +73,10 @@ class Bsd(Distiller):
 
     def __init__(
         self,
-        hint_weight: float = 1.0,
-        region_weight: float = 1.0,
-        pixel_weight: float = 1.0,
-        regions: int = 2,
+        hint_weight: NonNegative = 1.0,
+        region_weight: NonNegative = 1.0,
+        pixel_weight: NonNegative = 1.0,
+        regions: Count = 2,
         peer_seed: int = 1,
     ) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from edgekd.adapters import seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Count, Distiller, Needs, Setting
 from edgekd.maps import tapped
 from edgekd.nets import Batch, Outputs
 
@@ -29,7 +29,7 @@ class Cc(Distiller):
     weight = 0.02
     hard_weight = 1.0
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: Count = 128) -> None:
         super().__init__()
         self.width = width
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.adapters import seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Count, Distiller, Needs, Positive, Setting, Share
 from edgekd.errors import UsageError
 from edgekd.maps import tapped
 from edgekd.nets import Batch, Outputs
@@ -45,7 +45,11 @@ class Crd(Distiller):
     class_size: Tensor
 
     def __init__(
-        self, negatives: int = 16384, width: int = 128, temperature: float = 0.07, momentum: float = 0.5
+        self,
+        negatives: Count = 16384,
+        width: Count = 128,
+        temperature: Positive = 0.07,
+        momentum: Share = 0.5,
     ) -> None:
         super().__init__()
         self.negatives, self.width = negatives, width

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Setting
+from edgekd.distillers import Context, Distiller, NonNegative, Positive, Setting
 from edgekd.nets import Batch, Outputs, softened_kl
 
 
@@ -32,7 +32,7 @@ class Ctkd(Distiller):
     hard_weight = 0.1
     theta: Tensor
 
-    def __init__(self, low: float = 1.0, span: float = 20.0, ramp_epochs: float = 10.0) -> None:
+    def __init__(self, low: Positive = 1.0, span: Positive = 20.0, ramp_epochs: NonNegative = 10.0) -> None:
         super().__init__()
         self.low, self.span, self.ramp_epochs = low, span, ramp_epochs
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.adapters import channel_adapter, seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Distiller, Needs, Positive, Setting
 from edgekd.maps import same_size, tapped
 from edgekd.nets import Batch, Outputs
 
@@ -29,7 +29,7 @@ class Cwd(Distiller):
     weight = 50.0
     hard_weight = 1.0
 
-    def __init__(self, temperature: float = 4.0) -> None:
+    def __init__(self, temperature: Positive = 4.0) -> None:
         super().__init__()
         self.temperature = temperature
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, NonNegative, Positive, Share
 from edgekd.errors import UsageError
 from edgekd.nets import Batch, Outputs, wide
 from edgekd.taps import Tapped
@@ -99,7 +99,7 @@ class Dho(Distiller):
     weight = 1.0
     hard_weight = 0.0
 
-    def __init__(self, w_ce: float = 0.5, beta: float = 0.5, temperature: float = 2.0) -> None:
+    def __init__(self, w_ce: Share = 0.5, beta: NonNegative = 0.5, temperature: Positive = 2.0) -> None:
         super().__init__()
         if not (0 < w_ce < 1 and beta > 0):
             raise UsageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller
+from edgekd.distillers import Context, Distiller, NonNegative, Positive
 from edgekd.nets import Batch, Outputs, wide
 
 
@@ -37,7 +37,9 @@ class Dist(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0) -> None:
+    def __init__(
+        self, beta: NonNegative = 2.0, gamma: NonNegative = 2.0, temperature: Positive = 4.0
+    ) -> None:
         super().__init__()
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 

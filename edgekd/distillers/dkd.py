@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, NonNegative, Positive, Whole
 from edgekd.nets import Batch, Outputs, wide
 
 
@@ -44,7 +44,11 @@ class Dkd(Distiller):
     hard_weight = 1.0
 
     def __init__(
-        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup_epochs: int = 2
+        self,
+        alpha: NonNegative = 1.0,
+        beta: NonNegative = 8.0,
+        temperature: Positive = 4.0,
+        warmup_epochs: Whole = 2,
     ) -> None:
         super().__init__()
         self.alpha, self.beta, self.temperature, self.warmup_epochs = alpha, beta, temperature, warmup_epochs

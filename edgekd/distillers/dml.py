@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, Positive
 from edgekd.nets import Batch, Outputs, wide
 from edgekd.tasks.classification import hard_label_loss
 from edgekd.wraps import Peers, only_wrap
@@ -29,7 +29,7 @@ class Dml(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, temperature: float = 1.0, peer_seed: int = 1) -> None:
+    def __init__(self, temperature: Positive = 1.0, peer_seed: int = 1) -> None:
         super().__init__()
         self.temperature, self.peer_seed = temperature, peer_seed
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller, Setting
+from edgekd.distillers import Context, Distiller, Positive, Setting
 from edgekd.errors import UsageError, unknown_name
 from edgekd.nets import Batch, Outputs, softened_kl, wide
 
@@ -35,7 +35,7 @@ class Ensemble(Distiller):
     weight = 0.9
     hard_weight = 0.1
 
-    def __init__(self, of: str = "probabilities", temperature: float = 4.0) -> None:
+    def __init__(self, of: str = "probabilities", temperature: Positive = 4.0) -> None:
         super().__init__()
         if of not in _MEANS:
             raise UsageError(*unknown_name("mean of method ensemble:", of, _MEANS))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.adapters import seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Count, Distiller, Needs, Setting
 from edgekd.maps import paired
 from edgekd.nets import Batch, Outputs
 
@@ -24,7 +24,7 @@ class FitNet(Distiller):
     weight = 100.0
     hard_weight = 1.0
 
-    def __init__(self, hint: int = 2) -> None:
+    def __init__(self, hint: Count = 2) -> None:
         super().__init__()
         self.hint = hint
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.adapters import seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Distiller, Needs, Positive, Setting, Share
 from edgekd.maps import same_size, tapped
 from edgekd.nets import Batch, Outputs
 
@@ -49,7 +49,7 @@ class Ft(Distiller):
     weight = 200.0
     hard_weight = 1.0
 
-    def __init__(self, rate: float = 0.5, share: float = 30 / 270) -> None:
+    def __init__(self, rate: Positive = 0.5, share: Share = 30 / 270) -> None:
         super().__init__()
         self.rate, self.share = rate, share
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, Positive
 from edgekd.errors import UsageError
 from edgekd.nets import Batch, Outputs, softened_kl, wide
 from edgekd.taps import Tapped
@@ -69,7 +69,7 @@ class Gate(Distiller):
     weight = 1.0
     hard_weight = 0.0
 
-    def __init__(self, temperature: float = 1.0, supervised: bool = True) -> None:
+    def __init__(self, temperature: Positive = 1.0, supervised: bool = True) -> None:
         super().__init__()
         self.temperature, self.supervised = temperature, supervised
         if not supervised:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, NonNegative, Positive, Whole
 from edgekd.nets import Batch, Outputs, wide
 
 
@@ -52,13 +52,13 @@ class Hard(Distiller):
 
     def __init__(
         self,
-        temperature: float = 4.0,
-        ascent_steps: int = 2,
-        step_size: float = 0.05,
-        prior_weight: float = 1.0,
-        teacher_weight: float = 0.5,
-        ceiling: float = 8.0,
-        floor: float = 4.0,
+        temperature: Positive = 4.0,
+        ascent_steps: Whole = 2,
+        step_size: Positive = 0.05,
+        prior_weight: NonNegative = 1.0,
+        teacher_weight: NonNegative = 0.5,
+        ceiling: NonNegative = 8.0,
+        floor: NonNegative = 4.0,
     ) -> None:
         super().__init__()
         self.temperature, self.ascent_steps, self.step_size = temperature, ascent_steps, step_size

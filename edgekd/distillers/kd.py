@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller
+from edgekd.distillers import Context, Distiller, Positive
 from edgekd.nets import Batch, Outputs, wide
 
 
@@ -22,7 +22,7 @@ class Kd(Distiller):
     weight = 0.9
     hard_weight = 0.1
 
-    def __init__(self, temperature: float = 4.0) -> None:
+    def __init__(self, temperature: Positive = 4.0) -> None:
         super().__init__()
         self.temperature = temperature
 

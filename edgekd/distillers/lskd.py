@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller
+from edgekd.distillers import Context, Distiller, Positive
 from edgekd.nets import Batch, Outputs, wide
 
 
@@ -28,7 +28,7 @@ class Lskd(Distiller):
     weight = 9.0
     hard_weight = 0.1
 
-    def __init__(self, temperature: float = 2.0) -> None:
+    def __init__(self, temperature: Positive = 2.0) -> None:
         super().__init__()
         self.temperature = temperature
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, NonNegative, Positive
 from edgekd.errors import UnsupportedModelError
 from edgekd.nets import Batch, Outputs, wide
 from edgekd.taps import Tapped
@@ -87,7 +87,9 @@ class Lsskd(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, temperature: float = 3.0, kl_weight: float = 1.0, hint_weight: float = 0.01) -> None:
+    def __init__(
+        self, temperature: Positive = 3.0, kl_weight: NonNegative = 1.0, hint_weight: NonNegative = 0.01
+    ) -> None:
         super().__init__()
         self.temperature, self.kl_weight, self.hint_weight = temperature, kl_weight, hint_weight
 

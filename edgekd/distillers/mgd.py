@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.adapters import channel_adapter, seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Distiller, Needs, NonNegative, Setting, Share
 from edgekd.maps import same_size, tapped
 from edgekd.nets import Batch, Outputs
 
@@ -25,7 +25,7 @@ class Mgd(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, alpha: float = 7e-5, mask_ratio: float = 0.15, spatial: bool = False) -> None:
+    def __init__(self, alpha: NonNegative = 7e-5, mask_ratio: Share = 0.15, spatial: bool = False) -> None:
         super().__init__()
         self.alpha, self.mask_ratio, self.spatial = alpha, mask_ratio, spatial
 

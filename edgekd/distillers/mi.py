@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.adapters import seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Count, Distiller, Needs, Setting
 from edgekd.errors import UsageError, unknown_name
 from edgekd.maps import paired, tapped
 from edgekd.nets import Batch, Outputs
@@ -77,7 +77,7 @@ class Mi(Distiller):
     needs = Needs(teacher=("embedding",), student=("embedding",))
 
     def __init__(
-        self, on: str = "embedding", alpha_logit: float = 0.9, hidden: int = 128, width: int = 64
+        self, on: str = "embedding", alpha_logit: float = 0.9, hidden: Count = 128, width: Count = 64
     ) -> None:
         super().__init__()
         if on not in _TAPS:

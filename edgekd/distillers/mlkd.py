@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller
+from edgekd.distillers import Context, Distiller, NonNegative, Positive
 from edgekd.nets import Batch, Outputs, softened_kl, wide
 
 
@@ -46,9 +46,9 @@ class Mlkd(Distiller):
 
     def __init__(
         self,
-        temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
-        class_weight: float = 1.0,
-        batch_weight: float = 1.0,
+        temperatures: Sequence[Positive] = (2.0, 3.0, 4.0, 5.0, 6.0),
+        class_weight: NonNegative = 1.0,
+        batch_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__()
         self.temperatures = tuple(temperatures)

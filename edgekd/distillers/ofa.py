@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, NonNegative, Positive
 from edgekd.nets import Batch, Outputs, wide
 from edgekd.taps import Tapped
 from edgekd.wraps import Branch, classifier_of, only_wrap, trunk_to
@@ -64,7 +64,11 @@ class Ofa(Distiller):
     hard_weight = 1.0
 
     def __init__(
-        self, eps: float = 1.0, temperature: float = 1.0, kd_weight: float = 1.0, exit_weight: float = 1.0
+        self,
+        eps: NonNegative = 1.0,
+        temperature: Positive = 1.0,
+        kd_weight: NonNegative = 1.0,
+        exit_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__()
         self.eps, self.temperature, self.kd_weight, self.exit_weight = (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, Positive
 from edgekd.nets import Batch, Outputs, wide
 from edgekd.wraps import classifier_of, only_wrap
 
@@ -49,7 +49,7 @@ class PromptKd(Distiller):
     weight = 1000.0
     hard_weight = 0.0
 
-    def __init__(self, temperature: float = 1.0, logit_scale: float = 100.0) -> None:
+    def __init__(self, temperature: Positive = 1.0, logit_scale: Positive = 100.0) -> None:
         super().__init__()
         self.temperature, self.logit_scale = temperature, logit_scale
 

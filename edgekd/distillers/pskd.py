@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Distiller, Needs, Setting, Share
 from edgekd.nets import Batch, Outputs, wide
 
 
@@ -36,7 +36,7 @@ class Pskd(Distiller):
     hard_weight = 0.0
     past: Tensor
 
-    def __init__(self, alpha: float = 0.8, half: bool = False) -> None:
+    def __init__(self, alpha: Share = 0.8, half: bool = False) -> None:
         super().__init__()
         self.alpha, self.half_precision = alpha, half
         self._latest: tuple[Tensor, Tensor] | None = None

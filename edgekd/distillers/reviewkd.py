@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.adapters import channel_adapter, seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Count, Distiller, Needs, Setting, Whole
 from edgekd.maps import paired, tapped
 from edgekd.nets import Batch, Outputs
 
@@ -87,7 +87,7 @@ class ReviewKd(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, middle: int = 512, warmup_epochs: int = 2) -> None:
+    def __init__(self, middle: Count = 512, warmup_epochs: Whole = 2) -> None:
         super().__init__()
         self.middle, self.warmup_epochs = middle, warmup_epochs
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Distiller, Needs, NonNegative
 from edgekd.maps import tapped
 from edgekd.nets import Batch, Outputs
 
@@ -47,7 +47,7 @@ class Rkd(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, distance: float = 25.0, angle: float = 50.0) -> None:
+    def __init__(self, distance: NonNegative = 25.0, angle: NonNegative = 50.0) -> None:
         super().__init__()
         self.distance, self.angle = distance, angle
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.distillers import Context, Distiller, Needs
+from edgekd.distillers import Context, Count, Distiller, Needs
 from edgekd.errors import UnsupportedModelError
 from edgekd.layout import Layout
 from edgekd.nets import Batch, Outputs, wide
@@ -51,7 +51,7 @@ class SimKd(Distiller):
     weight = 1.0
     hard_weight = 0.0
 
-    def __init__(self, factor: int = 2) -> None:
+    def __init__(self, factor: Count = 2) -> None:
         super().__init__()
         self.factor = factor
 

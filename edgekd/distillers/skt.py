@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.adapters import seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Distiller, Needs, NonNegative, Setting
 from edgekd.maps import paired
 from edgekd.nets import Batch, Outputs
 
@@ -43,7 +43,7 @@ class Skt(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, cosine: float = 0.5, fsp: float = 0.5) -> None:
+    def __init__(self, cosine: NonNegative = 0.5, fsp: NonNegative = 0.5) -> None:
         super().__init__()
         self.cosine, self.fsp = cosine, fsp
 

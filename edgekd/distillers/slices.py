@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Distiller, Needs, Positive, Setting, Share
 from edgekd.errors import UsageError
 from edgekd.nets import Batch, Outputs, softened_kl
 
@@ -35,10 +35,10 @@ class Slices(Distiller):
     def __init__(
         self,
         subsets: Sequence[Sequence[int]] = (),
-        temperature: float = 4.0,
+        temperature: Positive = 4.0,
         specialists: bool = False,
-        pace: float = 1.0,
-        decay: float = 0.99,
+        pace: Positive = 1.0,
+        decay: Share = 0.99,
     ) -> None:
         super().__init__()
         self.subsets = [list(subset) for subset in subsets]

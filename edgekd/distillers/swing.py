@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller, Setting
+from edgekd.distillers import Context, Distiller, NonNegative, Positive, Setting
 from edgekd.errors import UsageError
 from edgekd.nets import Batch, Outputs, wide
 
@@ -50,7 +50,11 @@ class Swing(Distiller):
     given: Tensor
 
     def __init__(
-        self, low: float = 4.0, high: float = 8.0, noise: float = 1.0, scores: Sequence[float] = ()
+        self,
+        low: Positive = 4.0,
+        high: Positive = 8.0,
+        noise: NonNegative = 1.0,
+        scores: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.low, self.high, self.noise = low, high, noise

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillers import Context, Distiller
+from edgekd.distillers import Context, Distiller, NonNegative, Positive, Share
 from edgekd.nets import Batch, Outputs, wide
 
 
@@ -40,11 +40,11 @@ class Taid(Distiller):
 
     def __init__(
         self,
-        t_start: float = 0.4,
-        t_end: float = 1.0,
-        alpha: float = 5e-4,
-        beta: float = 0.99,
-        reference_steps: float = 16_000,
+        t_start: Share = 0.4,
+        t_end: Share = 1.0,
+        alpha: NonNegative = 5e-4,
+        beta: NonNegative = 0.99,
+        reference_steps: Positive = 16_000,
     ) -> None:
         super().__init__()
         self.t_start, self.t_end, self.alpha, self.beta = t_start, t_end, alpha, beta

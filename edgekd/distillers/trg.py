@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.adapters import seeded, width_adapter
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Count, Distiller, Needs, NonNegative, Positive, Setting
 from edgekd.errors import UsageError, unknown_name
 from edgekd.maps import same_size, tapped
 from edgekd.nets import Batch, Outputs
@@ -68,12 +68,12 @@ class Trg(Distiller):
     def __init__(
         self,
         on: str = "features",
-        inner: float = 100.0,
-        local: float = 100.0,
-        contrast: float = 0.2,
-        neighbours: int = 8,
-        sampled: int = 512,
-        temperature: float = 0.1,
+        inner: NonNegative = 100.0,
+        local: NonNegative = 100.0,
+        contrast: NonNegative = 0.2,
+        neighbours: Count = 8,
+        sampled: Count = 512,
+        temperature: Positive = 0.1,
     ) -> None:
         super().__init__()
         if on not in _TAPS:

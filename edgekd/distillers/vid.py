@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.adapters import seeded
-from edgekd.distillers import Context, Distiller, Needs, Setting
+from edgekd.distillers import Context, Distiller, Needs, Positive, Setting
 from edgekd.maps import paired
 from edgekd.nets import Batch, Outputs
 
@@ -47,7 +47,7 @@ class Vid(Distiller):
     weight = 1.0
     hard_weight = 1.0
 
-    def __init__(self, variance: float = 5.0) -> None:
+    def __init__(self, variance: Positive = 5.0) -> None:
         super().__init__()
         self.variance = variance
 

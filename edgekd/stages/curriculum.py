@@ -7,7 +7,15 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from edgekd.distillers import Distiller, method_class, methods, plain, refuse_unmet, refuse_wraps
+from edgekd.distillers import (
+    Distiller,
+    method_class,
+    methods,
+    plain,
+    refuse_blends,
+    refuse_unmet,
+    refuse_wraps,
+)
 from edgekd.errors import UsageError
 from edgekd.layout import TAPS
 from edgekd.recipe import DistillRecipe, PhaseRecipe, Recipe
@@ -111,7 +119,7 @@ def check_curriculum(recipe: Recipe) -> tuple[tuple[Distiller, ...], ...]:
 
     Raises:
         UsageError: an unknown method or option; phases beside ``suggest``; further teachers that no method
-            reads.
+            reads; blended images where a method cannot learn from them.
     """
     distill, augment = recipe.distill, recipe.data.augment
     if distill.method == SUGGEST and distill.phases:
@@ -134,6 +142,8 @@ def check_curriculum(recipe: Recipe) -> tuple[tuple[Distiller, ...], ...]:
             f"--method ensemble, or ensemble+{sorted(names)[0]}",
         )
     parts = tuple(methods(phase.recipe.method, phase.recipe.options) for phase in phases)
+    for phase, distillers in zip(phases, parts, strict=True):
+        refuse_blends(distillers, blends=phase.mixes)
     return () if suggested and not distill.suggest_from else parts
 
 

@@ -14,6 +14,7 @@ from edgekd.distillers import (
     Setting,
     method_class,
     methods,
+    refuse_blends,
     refuse_unmet,
     refuse_wraps,
 )
@@ -112,12 +113,7 @@ def _prepared(
         student_taps=layout.taps,
         labels=bool((room.labels >= 0).all()),
     )
-    if room.mixes and not all(part.needs.mixable for part in parts):
-        names = ", ".join(type(part).__name__ for part in parts if not part.needs.mixable)
-        raise UsageError(
-            f"data.augment blends images ('-mix'), and {names} cannot learn from a blend",
-            "--set data.augment=crop",
-        )
+    refuse_blends(parts, blends=room.mixes)
     model: nn.Module = tapped(sorted({tap for part in parts for tap in part.needs.student}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(room.seed)

@@ -41,6 +41,7 @@ def test_each_method_shows_its_options_as_they_are_set(name: str) -> None:
 
 
 def test_an_unknown_method_is_answered_with_the_nearest() -> None:
+    assert told("methods", "show", "hints") == told("methods", "show", "fitnet")
     result = CliRunner().invoke(cli, ["methods", "show", "dkkd"])
     assert isinstance(result.exception, UsageError)
     assert result.exception.hint == "did you mean 'dkd'?"

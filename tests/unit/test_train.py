@@ -184,6 +184,32 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_checkpoint(tmp_p
     assert all(torch.isfinite(value).all() for value in stored["model"].values())
 
 
+def test_a_loss_that_is_not_finite_from_the_first_step_on_is_not_blamed_on_the_rate() -> None:
+    with pytest.raises(TrainingDivergedError) as caught:
+        fit(stage(logits=lambda inputs: teacher(inputs) * math.nan), nothing)
+    assert "at step 1 (epoch 1), in the term of: kd" in caught.value.message
+    assert "no epoch was finished" in caught.value.hint
+    assert "learning_rate" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 17179869184 bytes."),
+    ],
+)
+def test_steps_that_do_not_fit_into_the_machine_name_half_the_batch(error: Exception) -> None:
+    class Huge(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            raise error
+
+    with pytest.raises(DeviceMemoryError) as caught:
+        fit(stage(model=Huge(nn.Linear(1, 1)), batch_size=20), nothing)
+    assert "20 images a step do not fit into the memory of the machine" in caught.value.message
+    assert "--set distill.batch_size=10" in caught.value.hint
+
+
 def test_steps_that_do_not_fit_into_the_memory_name_half_the_batch() -> None:
     class Huge(nn.Sequential):
         def forward(self, inputs: Tensor) -> Tensor:
