@@ -72,8 +72,7 @@ def load_float(path: Path) -> FloatModel:
     Raises:
         UsageError: no such file.
         UnsupportedModelError: not an ONNX model, already quantized, in half precision, too large, of an
-            opset that cannot be brought to 13 to 22, or without anything to compute.
-        BackendError: ONNX Runtime refuses it.
+            opset that cannot be brought to 13 to 22, without anything to compute, or refused by ONNX Runtime.
     """
     if not path.is_file():
         raise UsageError(f"model {path}: no such file", "give the path of a float .onnx file")
@@ -88,7 +87,7 @@ def load_float(path: Path) -> FloatModel:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     stated = {entry.key: entry.value for entry in model.metadata_props}
-    simple = _at_opset(_simplified(model), path, notes)
+    simple = _at_opset(_simplified(model, path), path, notes)
     helper.set_model_props(simple, stated)
     fed = {tensor.name for tensor in simple.graph.initializer}
     inputs = tuple(_port(value, path) for value in simple.graph.input if value.name not in fed)
@@ -132,11 +131,18 @@ def _refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
         )
 
 
-def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
+def _simplified(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "simple.onnx"
         onnx.save(model, source)  # one file, whatever the original was
-        OnnxRuntimeBackend().simplify(source, target)
+        try:
+            OnnxRuntimeBackend().simplify(source, target)
+        except BackendError as error:
+            raise UnsupportedModelError(
+                error.message.replace(str(source), str(path)),
+                f"onnx.checker tells whether it is valid; export it again with an opset from {LOWEST_OPSET} "
+                f"to {HIGHEST_OPSET} and standard operators",
+            ) from error
         simple = onnx.load(target)
     for number, node in enumerate(simple.graph.node):
         node.name = node.name or f"{node.op_type}_{number}"

@@ -128,7 +128,8 @@ def _named(held: dict[str, NDArray[Any]], model: FloatModel, where: str) -> Samp
         if not fits or not np.can_cast(array.dtype, port.dtype, "same_kind"):
             raise DataError(
                 f"{where}: '{name}' is {array.dtype} {array.shape}, the model reads {port.dtype} "
-                + _shown(port)
+                + _shown(port),
+                "give arrays of that shape and type; images of a folder are resized to what a model reads",
             )
 
     def read(rows: NDArray[np.int64]) -> Feeds:
@@ -150,7 +151,8 @@ def _label_array(labels: NDArray[Any] | None, counts: dict[str, int]) -> NDArray
     if labels.ndim != 1 or len(labels) not in counts.values() or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"'labels' is {labels.dtype} {labels.shape}, expected one integer for each of the "
-            f"{next(iter(counts.values()))} samples"
+            f"{next(iter(counts.values()))} samples",
+            "leave 'labels' out, and outputs are compared with those of the float model",
         )
     return labels.astype(np.int64)
 
@@ -175,7 +177,8 @@ def _pixel_array(
     if images.ndim != 4 or images.shape[1:] != (height, width, channels):
         raise DataError(
             f"{where}: images of shape {images.shape[1:]}, the model reads ({height}, {width}, {channels}) "
-            "(height, width, channels)"
+            "(height, width, channels)",
+            "convert them first; a folder of image files is resized and brought to the model's colours",
         )
     convert = _converter(port.name, channels, model, pixels)
     known = None if labels is None else _label_array(labels, {"images": len(images)})

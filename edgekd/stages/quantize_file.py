@@ -239,8 +239,9 @@ def _engines(job: Job, ours: list[Candidate], failed: dict[str, str]) -> list[Ca
         try:
             made = run_engine(name, job.model, lambda: job.batches(job.parts.calibration))
         except (BackendError, MissingExtraError, UnsupportedModelError) as error:
-            failed[name] = error.message
-            job.reporter.say(f"  engine {name}: {error.message}")
+            missing = isinstance(error, MissingExtraError)
+            failed[name] = f"{error.message}: {error.hint}" if missing else error.message
+            job.reporter.say(f"  engine {name}: {failed[name]}")
             continue
         path = job.folder / f"int8-{name}.onnx"
         _save(made, path)

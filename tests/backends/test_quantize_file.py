@@ -75,6 +75,8 @@ def _broken(folder: Path, what: str) -> Path:
         return path
     if what == "quantized":
         model.graph.node.append(helper.make_node("QuantizeLinear", ["y", "fc.b"], ["z"], "late_q"))
+    if what == "invalid":
+        model.graph.node.append(helper.make_node("Unheard", ["y"], ["z"], "late"))
     if what == "half":
         model.graph.initializer[0].CopyFrom(
             numpy_helper.from_array(numpy_helper.to_array(model.graph.initializer[0]).astype("f2"), "stem.w")
@@ -96,6 +98,7 @@ def _broken(folder: Path, what: str) -> Path:
         ("quantized", UnsupportedModelError, "already quantized: 1 nodes of QuantizeLinear.*late_q"),
         ("half", UnsupportedModelError, "float16"),
         ("external", UnsupportedModelError, "further files"),
+        ("invalid", UnsupportedModelError, r"onnxruntime refuses .*bad\.onnx.*Unheard"),
     ],
 )
 def test_a_file_that_cannot_be_quantized_says_why_and_what_to_do(
