@@ -43,10 +43,12 @@ def refined(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 def test_the_largest_that_fits_is_among_the_compared(refined: tuple[Path, dict[str, Any]]) -> None:
     search = refined[1]["metrics"]["search"]
-    rows = {line["row"] for line in search["refine"]["trained"]}
-    assert {search["by_macs"], search["by_parameters"], search["chosen_without_refine"]} <= rows
+    why = {line["row"]: line["why"] for line in search["refine"]["trained"]}
+    assert "largest that fits" in why[search["by_macs"]]
+    assert "most parameters" in why[search["by_parameters"]]
+    assert "chosen by score and MACs" in why[search["chosen_without_refine"]]
     assert search["refine"]["control"] == search["by_macs"]
-    assert all(search["candidates"][row]["feasible"] for row in rows)
+    assert all(search["candidates"][row]["feasible"] for row in why)
 
 
 def test_the_best_by_nwot_and_macs_is_among_the_compared(refined: tuple[Path, dict[str, Any]]) -> None:
