@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -366,8 +365,8 @@ def load_checkpoint(path: Path | None) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # bytes that are no pickle make its reader raise anything
         raise StorageError(
-            f"cannot read the checkpoint {path}: {error}", "delete it to train again"
+            f"cannot read the checkpoint {path}: {type(error).__name__}: {error}", "delete it to train again"
         ) from error
     return state

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pickle
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def from_factory(source: str, role: Role) -> nn.Module:
         ) from error
     except AttributeError as error:
         raise role.error(f"{role.name} '{source}': {error}") from error
+    except Exception as error:  # the user's code may raise anything
+        raise _raised(source, role, error) from error
     if inspect.isclass(made) or not isinstance(made, nn.Module):
         try:
             made = made()
@@ -57,11 +60,24 @@ def from_factory(source: str, role: Role) -> nn.Module:
             raise role.error(
                 f"{role.name} factory '{source}': {error}", "factories are called without arguments"
             ) from error
+        except Exception as error:
+            raise _raised(source, role, error) from error
     if not isinstance(made, nn.Module):
         raise role.error(
             f"{role.name} factory '{source}' returned {type(made).__name__}, expected torch.nn.Module"
         )
     return made
+
+
+def _raised(source: str, role: Role, error: Exception) -> EdgekdError:
+    """What the user's code raised, with the last line of it that ran."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    module, _, attribute = source.partition(":")
+    return role.error(
+        f"{role.name} '{source}' raised {type(error).__name__}: {error} "
+        f"({last.filename}, line {last.lineno})",
+        f"python -c 'import {module} as m; m.{attribute}()' shows the same",
+    )
 
 
 def load_weights(model: nn.Module, path: Path, role: Role) -> None:
@@ -103,8 +119,9 @@ def read_state(path: Path, role: Role) -> dict[str, Tensor]:
             "store a plain state dict: "
             f"safetensors.torch.save_file(model.state_dict(), '{role.name}.safetensors')",
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise role.error(f"weights {path}: {error}", "the file is damaged") from error
+    except Exception as error:  # bytes that are no pickle make its reader raise anything
+        told = f"{type(error).__name__}: {error}"
+        raise role.error(f"weights {path}: {told}", "the file is damaged") from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

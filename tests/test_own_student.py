@@ -33,6 +33,10 @@ def five_classes():
     return Net(5, 8)
 
 
+def raising():
+    raise ValueError("not today")
+
+
 def three_channels():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
 
@@ -159,6 +163,7 @@ def test_a_student_of_unusual_layers_is_quantized_and_exported(
         ("tiny_students:Pair", 21, ["returns tuple", "logits alone"]),
         ("tiny_students:Branching", 19, ["cannot be traced"]),
         ("tiny_students:not_a_module", 21, ["student factory", "expected torch.nn.Module"]),
+        ("tiny_students:raising", 21, ["raised ValueError: not today (", "tiny_students.py, line"]),
         ("tiny_students:nothing", 21, ["student 'tiny_students:nothing'"]),
         ("no_such_package:build", 21, ["no_such_package", "run from the folder"]),
         ("resnet", 21, ["none of the known forms", "package.module:factory"]),

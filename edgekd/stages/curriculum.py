@@ -129,6 +129,7 @@ def check_curriculum(recipe: Recipe) -> tuple[tuple[Distiller, ...], ...]:
             "name the method of each phase, or leave distill.phases out",
         )
     _check_quantized(recipe)
+    _check_suggested(distill)
     suggested = distill.method == SUGGEST
     phases = tuple(tried(distill, augment).values()) if suggested else phases_of(distill, augment)
     names = {name for phase in phases for name in phase.recipe.method.split("+")}
@@ -145,6 +146,22 @@ def check_curriculum(recipe: Recipe) -> tuple[tuple[Distiller, ...], ...]:
     for phase, distillers in zip(phases, parts, strict=True):
         refuse_blends(distillers, blends=phase.mixes)
     return () if suggested and not distill.suggest_from else parts
+
+
+def _check_suggested(distill: DistillRecipe) -> None:
+    """Refuse ``suggest`` beside other methods, and fewer methods than a comparison needs."""
+    named = [distill.method, *(phase.method or "" for phase in distill.phases), *distill.suggest_from]
+    for number, method in enumerate(named):
+        if SUGGEST in method.split("+") and (number or method != SUGGEST):
+            raise UsageError(
+                f"'{method}': 'suggest' chooses the method of the whole training and stands alone",
+                '--method suggest --set \'distill.suggest_from=["dist","kd+fitnet"]\'',
+            )
+    if distill.method == SUGGEST and distill.suggest_from and len(set(distill.suggest_from)) < 2:
+        raise UsageError(
+            f"distill.suggest_from names '{distill.suggest_from[0]}' alone, and there is nothing to compare",
+            f"name two or more, or take it: --method {distill.suggest_from[0]}",
+        )
 
 
 def _check_quantized(recipe: Recipe) -> None:

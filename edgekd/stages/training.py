@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def train(
     paths = [stem.with_name(stem.name + end) for end in ends]
     plan, rates = choose_plan(bench, network, paths[0], phases[0].recipe.batch_size)
     tried = ", ".join(f"{form} {rate:.0f}/s" for form, rate in rates.items()) or "as before"
+    if done := _done(paths, bench.ranks.first):
+        tried += f"; {done}"
     who = "" if label == "distill" else f"{label}: "
     bench.run.reporter.say(f"  {who}training in {plan}: {tried}")
     course = Course(bench, teacher, plan)
@@ -131,6 +134,16 @@ def train(
         done, part = len(history), {"phase": float(number)} if several else {}
         history += [row | part | {"epoch": done + row["epoch"]} for row in rows]
     return Trained(network, history, plan, rates)
+
+
+def _done(paths: Sequence[Path], first: bool) -> str:
+    """Where an interrupted training goes on, for people; only the first process speaks."""
+    stored = {path: load_checkpoint(path) for path in paths if first and path.exists()}
+    if not stored:
+        return ""
+    path, last = list(stored.items())[-1]
+    epoch = len(last["history"]) if last else 0
+    return f"going on after epoch {epoch}" + f" of phase {paths.index(path) + 1}" * (len(paths) > 1)
 
 
 def choose_plan(

@@ -61,6 +61,9 @@ def test_phases_survive_being_written_into_the_runs_folder(tmp_path: Path) -> No
         ({"distill.phases": [{"options": {"kd": {}}}]}, ["distill.options names 'kd'"]),
         ({"distill.method": "suggest", "distill.phases": [{}]}, ["suggest", "1 phases"]),
         ({"distill.method": "suggest", "distill.suggest_from": ["kdd"]}, ["'kdd'"]),
+        ({"distill.method": "suggest", "distill.suggest_from": ["kd"]}, ["'kd' alone"]),
+        ({"distill.method": "kd+suggest"}, ["'kd+suggest'", "stands alone"]),
+        ({"distill.phases": [{"method": "suggest"}]}, ["'suggest'", "stands alone"]),
         ({"teacher.others": ["b.onnx"]}, ["teacher.others", "ensemble and slices", "'dist'"]),
     ],
 )

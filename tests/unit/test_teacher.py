@@ -122,7 +122,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
-@pytest.mark.parametrize("damage", [b"", b"no weights", b"\xff" * 64])
+@pytest.mark.parametrize("damage", [b"", b"no weights", b"junk\n", b"\xff" * 64])
 def test_damaged_weights_are_refused(tiny: Tiny, name: str, damage: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(damage)
     assert refused("tiny_teacher:build", name, weights=tmp_path / name).exit_code == 12

@@ -137,7 +137,7 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
     assert torch.equal(first_weight(again), first_weight(first))
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"junk\n", b"PK\x03\x04 cut off"])
 def test_a_damaged_checkpoint_is_named(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "c.pt").write_bytes(damage)
     with pytest.raises(StorageError) as caught:
