@@ -119,8 +119,8 @@ def train(
     paths = [stem.with_name(stem.name + end) for end in ends]
     plan, rates = choose_plan(bench, network, paths[0], phases[0].recipe.batch_size)
     tried = ", ".join(f"{form} {rate:.0f}/s" for form, rate in rates.items()) or "as before"
-    if done := _done(paths, bench.ranks.first):
-        tried += f"; {done}"
+    if since := _done(paths, bench.ranks.first):
+        tried += f"; {since}"
     who = "" if label == "distill" else f"{label}: "
     bench.run.reporter.say(f"  {who}training in {plan}: {tried}")
     course = Course(bench, teacher, plan)
