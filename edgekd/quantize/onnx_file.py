@@ -87,7 +87,7 @@ def load_float(path: Path) -> FloatModel:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     stated = {entry.key: entry.value for entry in model.metadata_props}
-    simple = _at_opset(_simplified(model, path), path, notes)
+    simple = _at_opset(_read_by_runtime(model, path, notes), path, notes)
     helper.set_model_props(simple, stated)
     fed = {tensor.name for tensor in simple.graph.initializer}
     inputs = tuple(_port(value, path) for value in simple.graph.input if value.name not in fed)
@@ -131,6 +131,21 @@ def _refuse_quantized(model: onnx.ModelProto, path: Path) -> None:
         )
 
 
+def _read_by_runtime(model: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.ModelProto:
+    """Simplified; an opset that is too new for ONNX Runtime is lowered first."""
+    try:
+        return _simplified(model, path)
+    except UnsupportedModelError:
+        if _opset(model) <= HIGHEST_OPSET:
+            raise
+    return _simplified(_at_opset(model, path, notes), path)
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    """Of the standard operators; the highest that is worked with where the model states none."""
+    return next((entry.version for entry in model.opset_import if not entry.domain), HIGHEST_OPSET)
+
+
 def _simplified(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "simple.onnx"
@@ -157,7 +172,7 @@ def _simplified(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 
 def _at_opset(model: onnx.ModelProto, path: Path, notes: list[str]) -> onnx.ModelProto:
-    version = next((entry.version for entry in model.opset_import if not entry.domain), HIGHEST_OPSET)
+    version = _opset(model)
     if LOWEST_OPSET <= version <= HIGHEST_OPSET:
         return model
     wanted = LOWEST_OPSET if version < LOWEST_OPSET else HIGHEST_OPSET

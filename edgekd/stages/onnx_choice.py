@@ -66,18 +66,14 @@ def choose(
         )
     fits = [row for row in timed if not excess(row, limit, wanted)]
     if not fits:
-        nearest = min(timed, key=lambda row: len(excess(row, limit, wanted)))
+        nearest = min(timed, key=lambda row: _times_over(row, limit, wanted))
         raise InfeasibleBudgetError(
             f"no candidate is within the budget; the nearest is {nearest['id']}: "
             + ", ".join(excess(nearest, limit, wanted)),
             f"all candidates are in {wanted.folder / 'candidates'}; relax the limit that is named",
         )
     if not timed_like_target(wanted.target):
-        best = min(fits, key=lambda row: (_FORMS.index(row["form"]), row["drop"], row["size_mib"]))
-        return best, (
-            f"{best['form']}, as the card of {wanted.target.id} has it; {best['drop']:.2f} points lost "
-            f"(limit {limit:g}); its latency there is not known: times are of this machine"
-        )
+        return _by_card(timed, fits, limit, wanted, quantized)
     fastest = min(row["cpu_p50_ms"] for row in fits)
     close = [row for row in fits if row["cpu_p50_ms"] <= fastest * (1 + _TIE)]
     best = min(close, key=lambda row: (round(row["drop"], 2), row["size_mib"], row["cpu_p50_ms"]))
@@ -88,6 +84,36 @@ def choose(
     if best["form"] in ("fp32", "bf16") and quantized:
         reason += "; " + _why_not_int8(timed, limit, wanted, best)
     return best, reason
+
+
+def _by_card(
+    timed: list[dict[str, Any]], fits: list[dict[str, Any]], limit: float, wanted: Wanted, quantized: bool
+) -> tuple[dict[str, Any], str]:
+    """Of a target that times here tell nothing of. Files by other engines are in no card's dialect."""
+    ours = [row for row in fits if row["engine"] == "edgekd"]
+    best = min(ours or fits, key=lambda row: (_FORMS.index(row["form"]), row["drop"], row["size_mib"]))
+    reason = (
+        f"{best['drop']:.2f} points lost (limit {limit:g}); its latency there is not known: times are of "
+        "this machine"
+    )
+    integer = [row for row in timed if row["form"] not in ("fp32", "bf16") and row["engine"] == "edgekd"]
+    if best["form"] not in ("fp32", "bf16") or not quantized or not integer:
+        return best, f"{best['form']}, as the card of {wanted.target.id} has it; {reason}"
+    nearest = min(integer, key=lambda row: _times_over(row, limit, wanted))
+    broken = ", ".join(excess(nearest, limit, wanted))
+    return best, f"{best['form']}, because {nearest['id']} is outside: {broken}; {reason}"
+
+
+def _times_over(row: dict[str, Any], limit: float, wanted: Wanted) -> tuple[int, float]:
+    """How far from the budget: broken limits, and the largest share by which one of them is."""
+    pairs: list[tuple[float, float | None]] = [
+        (row["drop"], limit),
+        (row["size_mib"], wanted.max_size_mib),
+    ]
+    if timed_like_target(wanted.target):
+        pairs.append((row["latency_p50_ms"], wanted.max_latency_ms))
+    over = [got / max(most, 1e-9) for got, most in pairs if most is not None and got > most]
+    return len(over), max(over, default=0.0)
 
 
 def _why_not_int8(timed: list[dict[str, Any]], limit: float, wanted: Wanted, best: dict[str, Any]) -> str:

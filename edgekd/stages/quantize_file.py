@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from edgekd.backends import Coverage, backend
-from edgekd.errors import BackendError, MissingExtraError, UnsupportedModelError
+from edgekd.errors import BackendError, MissingExtraError, UnsupportedModelError, UsageError
 from edgekd.files import write_bytes, write_json, write_text
 from edgekd.memory import give_back
 from edgekd.profiler import Protocol, Variant, environment, measure
@@ -60,6 +60,8 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
             `MissingExtraError` no runtime of the target here.
     """
     job = _job(wanted, reporter)
+    for name in (RECORD, PAGE, KEPT):  # of an earlier run: nobody takes them for this one's if it fails
+        (wanted.folder / name).unlink(missing_ok=True)
     model = job.model
     facts = job.calibration_facts()
     limit = DEFAULT_DROP[job.kind] if wanted.max_drop is None else wanted.max_drop
@@ -76,7 +78,7 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
     made, candidates = _in_files(made, candidates)
     rows = _measure(job, wanted, candidates)
     parity = _parity(job, candidates)
-    if told := overflows(parity):
+    if wanted.target.device_class == "x86-cpu" and (told := overflows(parity)):
         reporter.say(
             f"  8-bit products overflow on {OLD_ISA} without VNNI: {'; '.join(told)}; --target avx2 avoids it"
         )
@@ -116,6 +118,10 @@ def _named(made: Quantized) -> str:
 
 
 def _job(wanted: Wanted, reporter: Reporter) -> Job:
+    if (wanted.folder / KEPT).resolve() == wanted.model.resolve():
+        raise UsageError(
+            f"--out {wanted.folder}: the result would replace {wanted.model}", "choose another folder: --out"
+        )
     model = load_float(wanted.model)
     job = Job(
         model,
@@ -349,11 +355,13 @@ def _parity(job: Job, candidates: list[Candidate]) -> list[dict[str, Any]]:
     inputs = job.folder / "latency" / "batch.npz"
     inputs.parent.mkdir(parents=True, exist_ok=True)
     np.savez(inputs, **feeds)  # type: ignore[arg-type]
-    files = dict.fromkeys(one.path for one in candidates if one.form in ("int8", "mixed"))
+    files = {
+        one.path: one.made.dialect if one.made else "" for one in candidates if one.form in ("int8", "mixed")
+    }
     rows = []
-    for number, path in enumerate(files):
+    for number, (path, dialect) in enumerate(files.items()):
         job.reporter.step("compare executors", number, len(files))
-        rows += parity_rows(path, inputs)
+        rows += parity_rows(path, inputs, dialect)
     job.reporter.step("compare executors", len(files), len(files))
     return rows
 

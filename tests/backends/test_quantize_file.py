@@ -559,6 +559,7 @@ def test_for_a_target_of_another_kind_times_here_decide_nothing(target: str, tmp
         {
             "id": "fp32",
             "form": "fp32",
+            "engine": "edgekd",
             "drop": 0.0,
             "cpu_p50_ms": 1.0,
             "latency_p50_ms": 1.0,
@@ -567,6 +568,7 @@ def test_for_a_target_of_another_kind_times_here_decide_nothing(target: str, tmp
         {
             "id": "int8",
             "form": "int8",
+            "engine": "edgekd",
             "drop": 0.4,
             "cpu_p50_ms": 3.0,
             "latency_p50_ms": 3.0,
