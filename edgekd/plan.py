@@ -105,10 +105,11 @@ def within_memory(batch_size: int) -> Iterator[None]:
         gpu, machine = isinstance(error, torch.OutOfMemoryError), isinstance(error, MemoryError)
         if not (gpu or machine or "DefaultCPUAllocator: can't allocate memory" in str(error)):
             raise
-        first = (str(error).splitlines() or [""])[0].partition(". ")[0]
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        first = told.partition(". ")[0] if gpu else told.rpartition("DefaultCPUAllocator: ")[2]
         raise DeviceMemoryError(
             f"{batch_size} images a step do not fit into the memory of the {'device' if gpu else 'machine'}: "
-            f"{first or type(error).__name__}",
+            f"{first}",
             f"try half of it: --set distill.batch_size={batch_size // 2}"
             if batch_size >= 4
             else f"free memory{' on the device, or train on the processor: --set device=cpu' * gpu}",
