@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from edgekd.stages.onnx_choice import Training
 
 # Options of the stage `quantize` that mean nothing for a file.
-_OF_A_RUN = ("teacher", "weights", "student", "student_weights", "method", "skip_bad")
+_OF_A_RUN = ("teacher", "weights", "student", "student_weights", "method", "quantize_mode", "skip_bad")
+_OF_A_STUDENT = (
+    "mode", "weight_bits", "layer_bits", "activation_bits", "layer_activation_bits", "learn_offsets",
+    "freeze_after", "correct_biases", "damping",
+)  # fmt: skip
 
 
 def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: list[float]) -> None:
@@ -31,7 +35,8 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
     from edgekd.stages.quantize_file import quantize_file
     from edgekd.target import find_target
 
-    wrong = [f"--{name.replace('_', '-')}" for name in _OF_A_RUN if given[name] is not None]
+    options = {name: f"--{name.removesuffix('_mode').replace('_', '-')}" for name in _OF_A_RUN}
+    wrong = [option for name, option in options.items() if given.get(name) is not None]
     if wrong:
         raise UsageError(
             f"{', '.join(wrong)}: not an option of `edgekd quantize MODEL.onnx`",
@@ -45,6 +50,7 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
     recipe = load_recipe(given["recipe_file"], dict(parse_override(text) for text in given["settings"]))
     target = find_target(given["target"] or recipe.target)
     quantize = recipe.quantize
+    _check(quantize)
     default = quantize.calibrator == type(quantize)().calibrator
     calibrators = ("mse", "min-max", "percentile") if default else (quantize.calibrator,)
     wanted = Wanted(
@@ -64,6 +70,7 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
         given["threads"] or recipe.profile.threads,
         recipe.seed if given["seed"] is None else given["seed"],
         training(quantize, given["epochs"]) if given["qat"] else None,
+        quantize.sensitivity,
     )
     with Console() as console:
         console.say(f"target {target.id}, folder {wanted.folder}")
@@ -71,6 +78,21 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
         _print(record, console)
     if given["as_json"]:
         click.echo(json.dumps(record, default=str))
+
+
+def _check(quantize: QuantizeRecipe) -> None:
+    """Before any work: a calibrator that there is, and no key that would do nothing for a file."""
+    from edgekd.quantize.calibrators import calibrator
+
+    calibrator(quantize.calibrator)
+    plain = type(quantize)()
+    idle = [name for name in _OF_A_STUDENT if getattr(quantize, name) != getattr(plain, name)]
+    if idle:
+        raise UsageError(
+            f"{', '.join(f'quantize.{name}' for name in idle)}: of a student that edgekd trains, not of "
+            "`edgekd quantize MODEL.onnx`",
+            "leave it out; --qat trains with 8 bits, --weights-only 4 adds a file with weights of 4 bits",
+        )
 
 
 def training(quantize: QuantizeRecipe, epochs: int | None) -> Training:
@@ -107,6 +129,9 @@ def _print(record: dict[str, Any], console: Console) -> None:
     for row in record["candidates"]:
         if row["reason"]:
             console.say(f"{row['id']}: {row['reason']}")
+    if record["build"] is not None:
+        verdict = {True: "built", False: "refused", None: "not built"}[record["build"]["ok"]]
+        console.say(f"TensorRT, {verdict}: {record['build']['message']}")
     for name, why in record["engines_failed"].items():
         console.say(f"engine {name} has no row: {why}")
     console.say(f"kept: {record['kept']} ({record['reason']})")

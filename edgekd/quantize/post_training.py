@@ -202,6 +202,13 @@ def sums_in_float(whole: Quantized) -> list[Quantized]:
     return [replace(whole, model=made, how=f"{whole.how}, sums in float", float_sums=True)]
 
 
+def with_sensitivity(made: Quantized, judges: Judges, progress: Step) -> Quantized:
+    """`made` with what each of its operators does alone, where that is not known yet."""
+    if made.sensitivity or made.work is None or made.numbers is None:
+        return made
+    return replace(made, sensitivity=made.work.sensitivity(made.numbers, judges, progress))
+
+
 def with_floats(
     whole: Quantized, drop: float, judges: Judges, limit: float, reporter: Reporting
 ) -> list[Quantized]:

@@ -14,6 +14,7 @@ def file_page(record: Record) -> str:
     shown = [
         ("candidates", "Candidates", _candidates(record)),
         ("sensitivity", "Sensitivity of the operators", file_sensitivity(record)),
+        ("kernels", "What ran in integers", _kernels(record)),
         ("parity", "The same file on every executor", _parity(record)),
     ]
     name = text(record, "model", "path")
@@ -78,6 +79,33 @@ def _candidates(record: Record) -> Markup:
     notes = [tag("p", f"Engine {name} has no row: {why}", class_="note") for name, why in failed.items()]
     marked = ["target" if text(row, "id") == chosen else "" for row in found]
     return join((table(heads, body, numeric=(1, 2, 3, 4, 5), row_classes=marked), *notes))
+
+
+def _kernels(record: Record) -> Markup:
+    """Of each quantized candidate: kernels with products by name, and layers in float with the reason."""
+    body = []
+    for row in rows(record, "candidates"):
+        if text(row, "form") in ("fp32", "bf16") or not dig(row, "kernels"):
+            continue
+        kernels = ", ".join(f"{count} {name}" for name, count in (dig(row, "kernels") or {}).items())
+        by_reason: dict[str, list[str]] = {}
+        for layer in rows(row, "float_layers"):
+            why = text(layer, "reason") or "reason not known"
+            by_reason.setdefault(why, []).append(text(layer, "name"))
+        floats = "; ".join(
+            f"{why}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            for why, names in by_reason.items()
+        )
+        covered = facts.percent(number(row, "int8_coverage_nodes"), 0)
+        body.append((text(row, "id"), covered, kernels, tag("small", floats or "none")))
+    build = dig(record, "build")
+    verdict = {True: "built", False: "refused", None: "not built"}.get(dig(build, "ok"), "")
+    built = tag("p", f"TensorRT, {verdict}: {text(build, 'message')}", class_="note") if build else Markup()
+    if not body:
+        return built
+    note = "On the runtimes of this machine; another processor has other kernels."
+    heads = ("candidate", "int8 of layers", "kernels of layers", "layers in float, by reason")
+    return join((tag("p", note, class_="note"), table(heads, body, numeric=(1,)), built))
 
 
 def _parity(record: Record) -> Markup:

@@ -46,6 +46,7 @@ class Wanted:
     threads: int = 1
     seed: int = 0
     training: Training | None = None
+    sensitivity: bool = False
 
 
 def choose(

@@ -18,7 +18,14 @@ from edgekd.profiler import Protocol, Variant, environment, measure
 from edgekd.quantize.engines import engine_names, run_engine
 from edgekd.quantize.observe import Calibration
 from edgekd.quantize.onnx_file import load_float
-from edgekd.quantize.post_training import Judges, Quantized, quantize_graph, sums_in_float, with_floats
+from edgekd.quantize.post_training import (
+    Judges,
+    Quantized,
+    quantize_graph,
+    sums_in_float,
+    with_floats,
+    with_sensitivity,
+)
 from edgekd.quantize.quality import DEFAULT_DROP
 from edgekd.quantize.samples import load_samples
 from edgekd.quantize.scheme import QuantScheme, scheme_for
@@ -160,6 +167,8 @@ def _quantized_graphs(job: Job, wanted: Wanted, limit: float) -> list[Quantized]
             calibrators=wanted.calibrators,
             reporter=(job.reporter.say, job.reporter.step),
         )
+        if wanted.sensitivity:
+            ours = [with_sensitivity(one, judges, job.reporter.step) for one in ours]
         made += ours + (sums_in_float(ours[0]) if one.dialect == "openvino-u8" else [])
         if wanted.training is not None:
             from edgekd.stages.qat_file import train_file

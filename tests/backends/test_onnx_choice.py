@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
+from edgekd.cli import cli
 from edgekd.errors import EdgekdError, InfeasibleBudgetError, UnsupportedModelError, UsageError
 from edgekd.quantize.onnx_file import load_float
 from edgekd.run import Silent
@@ -107,3 +109,34 @@ def test_an_opset_that_no_runtime_reads_names_the_file(
     with pytest.raises(error, match=told) as caught:
         load_float(tmp_path / "bad.onnx")
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--set", "quantize.weight_bits=4"], "quantize.weight_bits: of a student"),
+        (["--quantize", "none"], "--quantize: not an option"),
+        (["--set", "quantize.calibrator=magic"], "unknown calibrator 'magic'"),
+    ],
+)
+def test_what_would_do_nothing_for_a_file_is_refused_before_any_work(
+    more: list[str], told: str, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(
+        cli,
+        ["quantize", str(cnn(tmp_path / "m.onnx")), "--data", "d.npz", "--out", str(tmp_path / "o"), *more],
+    )
+    assert isinstance(done.exception, UsageError)
+    assert told in done.exception.message
+    assert not (tmp_path / "o").exists()
+
+
+def test_sensitivity_is_measured_when_asked_and_the_page_names_kernels(tmp_path: Path) -> None:
+    job = Wanted(
+        cnn(tmp_path / "m.onnx"), find_target("x86"), str(store_pictures(tmp_path / "d.npz")),
+        tmp_path / "out", calibrators=("min-max",), calibration_images=16, sensitivity=True,
+    )  # fmt: skip
+    record = quantize_file(job, Silent())
+    assert len(record["sensitivity"]["x86-u8-relu0"]) >= 4
+    page = (job.folder / PAGE).read_text()
+    assert "Sensitivity of the operators" in page and "3 QLinearConv int8" in page
