@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ _LEVEL = 3  # of the builder's optimisation, the default of TensorRT
 
 
 def build(
-    package: str, model: Path, *, built: str = "", batch: int | None = None, timing: Path | None = None
+    package: str,
+    model: Path,
+    *,
+    built: str = "",
+    batch: int | None = None,
+    timing: Path | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Any, tuple[str, ...], str]:
     """The serialized engine or None, the warnings, and what was wrong.
 
@@ -31,6 +37,7 @@ def build(
 
     Args:
         built: of TensorRT-RTX, the GPU to build for ahead of time, such as "SM86".
+        shapes: of the inputs by name, for one call: what stands in for axes that the file leaves open.
         timing: a file with the times of kernels, which the builder reads and adds to.
     """
     if not model.is_file():
@@ -58,7 +65,7 @@ def build(
         if built:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, built), 0)
-        _add_profile(builder, network, config, batch)
+        _add_profile(builder, network, config, batch, shapes or {})
         if timing is not None:
             config.set_timing_cache(config.create_timing_cache(_read(timing)), False)
         plan = builder.build_serialized_network(network, config)
@@ -69,18 +76,25 @@ def build(
     return plan, warnings, refused
 
 
-def _add_profile(builder: Any, network: Any, config: Any, batch: int | None) -> None:
-    """Shapes for a dynamic batch: exactly `batch`, or 1 to 64 with 1 preferred."""
-    images = network.get_input(0)
-    shape = tuple(images.shape)
-    if -1 not in shape:
-        return
-    if -1 in shape[1:]:
-        raise BackendError(f"tensorrt: only the batch axis may be dynamic, got the input shape {shape}")
+def _add_profile(
+    builder: Any, network: Any, config: Any, batch: int | None, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Shapes for a dynamic batch: exactly `batch`, or 1 to 64 with 1 preferred. Other open axes are those of
+    `shapes`."""
     smallest, largest = (1, _MAX_BATCH) if batch is None else (batch, batch)
     profile = builder.create_optimization_profile()
-    profile.set_shape(images.name, (smallest, *shape[1:]), (smallest, *shape[1:]), (largest, *shape[1:]))
-    config.add_optimization_profile(profile)
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    for port in inputs:
+        shape = tuple(port.shape)
+        given = shapes.get(port.name, shape)
+        rest = tuple(got if size == -1 else size for size, got in zip(shape, given, strict=True))[1:]
+        if -1 in rest:
+            raise BackendError(f"tensorrt: only the batch axis may be dynamic, got the input shape {shape}")
+        if -1 in shape:
+            least, most = (smallest, largest) if shape[0] == -1 else (shape[0], shape[0])
+            profile.set_shape(port.name, (least, *rest), (least, *rest), (most, *rest))
+    if any(-1 in tuple(port.shape) for port in inputs):
+        config.add_optimization_profile(profile)
 
 
 def _parser_errors(parser: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,9 @@ class TensorRtBackend:
         )
 
 
-def prove_build(model: Path, compute_capability: str) -> BuildProof:
+def prove_build(
+    model: Path, compute_capability: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> BuildProof:
     """Parse a graph and compile it ahead of time with TensorRT-RTX, without a GPU.
 
     TensorRT-RTX knows only some GPUs. A target that is not among them ("8.7", Jetson Orin) is built for the
@@ -238,6 +240,7 @@ def prove_build(model: Path, compute_capability: str) -> BuildProof:
     Args:
         model: the ONNX file.
         compute_capability: of the target, such as "8.7".
+        shapes: of the inputs by name, for axes that the file leaves open.
 
     Raises:
         MissingExtraError: tensorrt_rtx is not installed.
@@ -254,7 +257,7 @@ def prove_build(model: Path, compute_capability: str) -> BuildProof:
         reason = f"{runtime} has no target of the generation of {target}; nothing was built"
         return BuildProof(None, runtime, target, "", False, None, 0.0, (), reason)
     started = time.perf_counter()
-    plan, warnings, message = engines.build("tensorrt_rtx", model, built=built)
+    plan, warnings, message = engines.build("tensorrt_rtx", model, built=built, shapes=shapes)
     seconds = time.perf_counter() - started
     told = f"parses and compiles for {built}"
     if built != target:

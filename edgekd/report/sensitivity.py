@@ -70,7 +70,8 @@ def file_sensitivity(record: Record) -> Markup:
         bars = sensitivity_bars(damage, strings(record, "float_operators", dialect), "damage alone")
         parts += [tag("h3", dialect), bars]
     note = tag(
-        "p", "Divergence from the float outputs when this operator alone runs in integers. Measured only "
-        "where all in integers loses more than the limit.", class_="note",
+        "p", "Divergence from the float outputs when this operator alone runs in integers. Measured where "
+        "all in integers loses more than the limit, or where `quantize.sensitivity` asks for it.",
+        class_="note",
     )  # fmt: skip
     return join((note, *parts)) if parts else Markup()

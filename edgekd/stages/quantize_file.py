@@ -106,7 +106,7 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         "kept": str(kept),
         "engines_failed": failed,
         "parity": parity,
-        "build": _build(wanted, candidates),
+        "build": _build(job, wanted, candidates),
         "tried": {
             f"{one.dialect}{' mixed' if one.floats else ''}": one.tried for one in made if not one.trained
         },
@@ -375,14 +375,16 @@ def _parity(job: Job, candidates: list[Candidate]) -> list[dict[str, Any]]:
     return rows
 
 
-def _build(wanted: Wanted, candidates: list[Candidate]) -> dict[str, Any] | None:
+def _build(job: Job, wanted: Wanted, candidates: list[Candidate]) -> dict[str, Any] | None:
     """Of a TensorRT target: whether its int8 graph parses and compiles ahead of time; nothing is executed."""
     ours = [one for one in candidates if one.made is not None and one.made.dialect == "trt-s8sym"]
     if "tensorrt" not in wanted.target.runtime or not ours:
         return None
     from edgekd.backends.tensorrt import prove_build
 
+    feeds = next(iter(job.samples.batches(job.parts.report, job.model.batch or 1)))
+    shapes = {name: value.shape for name, value in feeds.items()}
     try:
-        return asdict(prove_build(ours[-1].path, wanted.target.compute_capability))
+        return asdict(prove_build(ours[-1].path, wanted.target.compute_capability, shapes))
     except (MissingExtraError, BackendError) as error:
         return {"ok": None, "message": error.message}

@@ -14,13 +14,14 @@ from click.testing import CliRunner
 from edgekd.cli import cli
 from edgekd.errors import EdgekdError, InfeasibleBudgetError, UnsupportedModelError, UsageError
 from edgekd.quantize.onnx_file import load_float
+from edgekd.quantize.samples import Pixels
 from edgekd.run import Silent
 from edgekd.stages.onnx_choice import Wanted, choose
 from edgekd.stages.onnx_parity import NOT_TAKEN, overflows, parity_rows
 from edgekd.stages.quantize_file import KEPT, PAGE, RECORD, quantize_file
 from edgekd.target import find_target
 
-from .file_models import cnn, pictures, store_pictures
+from .file_models import SIZE, cnn, pictures, store_pictures
 
 pytestmark = pytest.mark.backends
 
@@ -140,3 +141,15 @@ def test_sensitivity_is_measured_when_asked_and_the_page_names_kernels(tmp_path:
     assert len(record["sensitivity"]["x86-u8-relu0"]) >= 4
     page = (job.folder / PAGE).read_text()
     assert "Sensitivity of the operators" in page and "3 QLinearConv int8" in page
+
+
+def test_open_height_and_width_are_built_for_the_shape_of_the_samples(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    job = Wanted(
+        cnn(tmp_path / "m.onnx", shape=("N", 3, "H", "W")), find_target("jetson"),
+        str(store_pictures(tmp_path / "d.npz")), tmp_path / "out",
+        Pixels(size=SIZE), calibrators=("min-max",), calibration_images=16,
+    )  # fmt: skip
+    record = quantize_file(job, Silent())
+    assert record["build"]["ok"] is True, record["build"]
+    assert "TensorRT, built: " in (job.folder / PAGE).read_text()
