@@ -153,6 +153,11 @@ def _check_names(recipe: Recipe) -> None:
     if recipe.search.score != "auto":
         proxy(recipe.search.score)
     calibrator(recipe.quantize.calibrator)
+    if (engine := recipe.quantize.engine) != "edgekd":
+        raise UsageError(
+            f"quantize.engine={engine}: of `edgekd quantize MODEL.onnx`, not of a student that edgekd trains",
+            f"edgekd quantize RUN/5-export/float.onnx --data … --set quantize.engine={engine}",
+        )
     scheme_for(find_target(recipe.target), recipe.quantize.learn_offsets)
     if recipe.search.space not in space_names():
         raise UsageError(*unknown_name("search space", recipe.search.space, space_names()))

@@ -51,6 +51,11 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
     target = find_target(given["target"] or recipe.target)
     quantize = recipe.quantize
     _check(quantize)
+    if quantize.engine != "edgekd" and (given["qat"] or quantize.sensitivity):
+        raise UsageError(
+            f"quantize.engine={quantize.engine}: --qat and quantize.sensitivity are edgekd's own",
+            "leave one out; --compare-engines makes all candidates",
+        )
     default = quantize.calibrator == type(quantize)().calibrator
     calibrators = ("mse", "min-max", "percentile") if default else (quantize.calibrator,)
     wanted = Wanted(
@@ -71,6 +76,7 @@ def quantize_model(model: Path, given: dict[str, Any], mean: list[float], std: l
         recipe.seed if given["seed"] is None else given["seed"],
         training(quantize, given["epochs"]) if given["qat"] else None,
         quantize.sensitivity,
+        quantize.engine,
     )
     with Console() as console:
         console.say(f"target {target.id}, folder {wanted.folder}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -135,8 +135,10 @@ class DistillRecipe(_Strict, frozen=True):
 
 class QuantizeRecipe(_Strict, frozen=True):
     """`mode`: ``card`` is ``qat``, or ``none`` on a target whose card says that int8 does not pay. `method`:
-    of quantization-aware training, with `options`; empty: the student's, as far as logits are enough."""
+    of quantization-aware training, with `options`; empty: the student's, as far as logits are enough.
+    `engine`: who quantizes an ONNX file."""
 
+    engine: Literal["edgekd", "onnxruntime", "nncf", "torchao", "neural-compressor"] = "edgekd"
     mode: Literal["card", "qat", "ptq", "none"] = "card"
     calibrator: str = "mse"
     calibration_images: Annotated[int, msgspec.Meta(ge=2)] = 512
@@ -228,9 +230,21 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     try:
         return msgspec.convert(raw, Recipe, strict=True)
     except msgspec.ValidationError as error:
-        hint = _number_hint(overrides, str(error)) or "docs/recipe.md lists every key with its default"
+        hint = _number_hint(overrides, str(error)) or _allowed_hint(str(error))
         hint = f"executor is {FORMS}" if "`$.executor`" in str(error) else hint
         raise RecipeError(f"{where}: {error}", hint) from error
+
+
+def _allowed_hint(error: str) -> str:
+    """The values that a key may have where they are few."""
+    kind: Any = Recipe
+    for part in re.sub(r"\[.*?\]", "", error.partition("`$.")[2].partition("`")[0]).split("."):
+        kind = get_type_hints(kind).get(part) if isinstance(kind, type) else None
+    kinds = (kind, *get_args(kind))
+    values = [value for one in kinds if get_origin(one) is Literal for value in get_args(one)]
+    values += ["true", "false"] if bool in kinds else []
+    known = f"allowed: {', '.join(str(value) for value in values)}; " if values else ""
+    return f"{known}docs/recipe.md lists every key with its default"
 
 
 def _number_hint(overrides: dict[str, Any], error: str) -> str:

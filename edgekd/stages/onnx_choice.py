@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekd.errors import InfeasibleBudgetError, UnsupportedModelError
+from edgekd.errors import InfeasibleBudgetError, UnsupportedModelError, UsageError
 from edgekd.quantize.samples import Pixels
 from edgekd.target import Target
 
@@ -47,6 +47,7 @@ class Wanted:
     seed: int = 0
     training: Training | None = None
     sensitivity: bool = False
+    engine: str = "edgekd"  # whose int8 files are candidates
 
 
 def choose(
@@ -127,6 +128,20 @@ def _why_not_int8(timed: list[dict[str, Any]], limit: float, wanted: Wanted, bes
     return (
         f"the fastest int8, {quick['id']}, is outside: {', '.join(excess(quick, limit, wanted)) or 'a tie'}"
     )
+
+
+def check_engine(wanted: Wanted) -> None:
+    """Refuse another engine for a target whose graphs it does not write.
+
+    Raises:
+        UsageError: this machine is not the target, and the engines write graphs for runtimes on x86.
+    """
+    if wanted.engine != "edgekd" and not timed_like_target(wanted.target):
+        raise UsageError(
+            f"quantize.engine={wanted.engine}: its files are in no dialect of {wanted.target.id}, not "
+            "of this machine's kind",
+            "leave it out, or name this machine's kind: --target x86",
+        )
 
 
 def timed_like_target(target: Target) -> bool:

@@ -31,7 +31,7 @@ from edgekd.quantize.samples import load_samples
 from edgekd.quantize.scheme import QuantScheme, scheme_for
 from edgekd.report import file_page
 from edgekd.run import Reporter
-from edgekd.stages.onnx_choice import Wanted, choose
+from edgekd.stages.onnx_choice import Wanted, check_engine, choose
 from edgekd.stages.onnx_job import Job
 from edgekd.stages.onnx_parity import OLD_ISA, overflows, parity_rows
 from edgekd.target import Target
@@ -77,11 +77,10 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         f"  {wanted.model.name}: {facts['calibration']} samples calibrate, {facts['deciding']} decide, "
         f"{facts['reporting']} report; the limit is {limit:g} points of {job.kind}{notes}"
     )
-    made = _quantized_graphs(job, wanted, limit)
+    made = _quantized_graphs(job, wanted, limit) if wanted.engine == "edgekd" else []
     candidates = _candidates(job, wanted, made)
     failed: dict[str, str] = {}
-    if wanted.compare_engines:
-        candidates += _engines(job, candidates, failed)
+    candidates += _engines(job, wanted, candidates, failed)
     made, candidates = _in_files(made, candidates)
     rows = _measure(job, wanted, candidates)
     parity = _parity(job, candidates)
@@ -89,7 +88,7 @@ def quantize_file(wanted: Wanted, reporter: Reporter) -> dict[str, Any]:
         reporter.say(
             f"  8-bit products overflow on {OLD_ISA} without VNNI: {'; '.join(told)}; --target avx2 avoids it"
         )
-    chosen, reason = choose(rows, limit, wanted, quantized=bool(made))
+    chosen, reason = choose(rows, limit, wanted, quantized=bool(made) or wanted.engine != "edgekd")
     by_id = {candidate.id: candidate for candidate in candidates}
     kept = wanted.folder / KEPT
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +128,7 @@ def _job(wanted: Wanted, reporter: Reporter) -> Job:
         raise UsageError(
             f"--out {wanted.folder}: the result would replace {wanted.model}", "choose another folder: --out"
         )
+    check_engine(wanted)
     model = load_float(wanted.model)
     job = Job(
         model,
@@ -247,13 +247,16 @@ def _in_files(made: list[Quantized], candidates: list[Candidate]) -> tuple[list[
     ]
 
 
-def _engines(job: Job, ours: list[Candidate], failed: dict[str, str]) -> list[Candidate]:
-    """Candidates by the other engines, on the same samples and runtimes; `failed` gets why one has none."""
+def _engines(job: Job, wanted: Wanted, ours: list[Candidate], failed: dict[str, str]) -> list[Candidate]:
+    """Candidates by the other engines, on the same samples and runtimes; `failed` gets why one has none, of
+    several that are compared: the one that was asked for raises."""
     found = []
-    for name in engine_names():
+    for name in engine_names() if wanted.compare_engines else {wanted.engine} - {"edgekd"}:
         try:
             made = run_engine(name, job.model, lambda: job.batches(job.parts.calibration))
         except (BackendError, MissingExtraError, UnsupportedModelError) as error:
+            if name == wanted.engine:
+                raise
             missing = isinstance(error, MissingExtraError)
             failed[name] = f"{error.message}: {error.hint}" if missing else error.message
             job.reporter.say(f"  engine {name}: {failed[name]}")

@@ -477,6 +477,15 @@ def test_another_engine_is_a_row_and_a_failing_one_a_line(tmp_path: Path) -> Non
         assert (name in record["engines_failed"]) != (name in made)
 
 
+def test_another_engine_alone_makes_the_int8_candidates_of_this_machines_kind(tmp_path: Path) -> None:
+    given = cnn(tmp_path / "m.onnx"), store_pictures(tmp_path / "d.npz")
+    record = quantize_file(wanted(tmp_path, *given, engine="onnxruntime"), Silent())
+    forms = {(row["form"], row["engine"]) for row in record["candidates"]} - {("bf16", "edgekd")}
+    assert forms == {("fp32", "edgekd"), ("int8", "onnxruntime")}
+    with pytest.raises(UsageError, match="in no dialect of jetson"):
+        quantize_file(wanted(tmp_path, *given, "jetson", engine="onnxruntime"), Silent())
+
+
 @pytest.mark.parametrize("name", ["torchao", "neural-compressor"])
 def test_an_engine_for_torch_quantizes_the_graph_under_its_own_names(name: str, tmp_path: Path) -> None:
     pytest.importorskip(name.replace("-", "_"))

@@ -107,6 +107,7 @@ def folder_of_images(folder: Path, per_class: int = 6, classes: int = 4) -> Path
         (["--set", "search.score=diswott"], ["unknown search score 'diswott'", "did you mean 'diswot'?"]),
         (["--set", "search.space=mobile"], ["unknown search space 'mobile'", "mobile-cnn"]),
         (["--set", "quantize.calibrator=mes"], ["unknown calibrator 'mes'", "did you mean 'mse'?"]),
+        (["--set", "quantize.engine=nncf"], ["not of a student", "edgekd quantize RUN/5-export/float.onnx"]),
         (["--quantize", "int4"], ["'int4' is not one of"]),
         (["--mean", "a,b"], ["expected numbers such as 0.485,0.456,0.406"]),
         (["--epochs", "3"], ["No such option"]),

@@ -165,3 +165,18 @@ def test_the_documentation_lists_no_other_key() -> None:
     lines = DOCS.read_text(encoding="utf-8").splitlines()
     documented = {line.split("`")[1] for line in lines if line.startswith("| `")}
     assert documented == set(_keys())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("quantize.weight_bits", 5, "allowed: 8, 6, 4, 3; "),
+        ("quantize.layer_bits.stem", "fp8", "allowed: 8, 6, 4, 3; "),
+        ("search.refine", "maybe", "allowed: auto, true, false; "),
+        ("distill.epochs", "many", ""),
+    ],
+)
+def test_a_key_with_few_values_tells_them_when_it_gets_another(key: str, value: object, allowed: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, {key: value})
+    assert caught.value.hint == f"{allowed}docs/recipe.md lists every key with its default"
