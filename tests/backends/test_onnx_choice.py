@@ -57,13 +57,16 @@ def test_the_nearest_candidate_is_the_one_that_is_least_over() -> None:
 
 
 def test_differences_that_are_next_to_nothing_are_no_overflow() -> None:
-    def rows(old: float) -> list[dict[str, Any]]:
-        shared = {"file": "q.onnx", "reason": "", "top1_agreement": 1.0, "largest": 20.0}
+    def rows(old: float, largest: float = 20.0) -> list[dict[str, Any]]:
+        shared = {"file": "q.onnx", "reason": "", "top1_agreement": 1.0, "largest": largest}
         return [shared | {"executor": "openvino", "max_abs": 0.0},
                 shared | {"executor": "openvino AVX2", "max_abs": old}]  # fmt: skip
 
     assert overflows(rows(0.1)) == []
     assert overflows(rows(6.0)) == ["q.onnx: 300 times the difference, the same class on 100 % of a batch"]
+    assert overflows(rows(6.0, largest=0.0)) == [
+        "q.onnx: other outputs than 0, the same class on 100 % of a batch"
+    ]
 
 
 def test_a_dialect_that_openvino_does_not_take_says_so_beside_the_numbers(tmp_path: Path) -> None:
